@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+#include "compact/prune_topk.h"
+
+#include "torch/glue.h"
+
+namespace tokred {
+namespace {
+
+struct Call {
+  PruneTopkArgs args;
+  Tensor kept_idx;
+  std::vector<Tensor> kept;  // x first
+};
+
+const uint8_t* check_mask(const char* name, const OptTensor& mask, const Tensor& score) {
+  if (!mask) return nullptr;
+  check_dtype("prune_topk", name, *mask, ScalarType::Bool);
+  check_same_device("prune_topk", "x", score, name, *mask);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < score.dim(); ++i) shape.push_back(score.size(i));
+  check_shape("prune_topk", name, *mask, shape, "of score");
+  check_contiguous("prune_topk", name, *mask);
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
+
+// x and companions share this: [batch_size, num_tokens, ...] or, packed, [num_tokens, ...], rows contiguous.
+RowTensor row_tensor(const std::string& name, const Tensor& x, bool packed, const Tensor& kept) {
+  const int64_t lead = packed ? 1 : 2;
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d >= lead; --d) {
+    TOKRED_CHECK(x.size(d) == 1 || x.stride(d) == expected || x.numel() == 0, "prune_topk: expected ", name,
+                 " contiguous after its token dimension, got strides ", strides_of(x));
+    expected *= x.size(d);
+  }
+  RowTensor t;
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
+  t.src = static_cast<const char*>(x.const_data_ptr());
+  t.dst = static_cast<char*>(kept.mutable_data_ptr());
+  t.row_bytes = expected * bytes;
+  t.src_batch = packed ? 0 : x.stride(0) * bytes;
+  t.src_token = x.stride(lead - 1) * bytes;
+  return t;
+}
+
+Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
+             const OptTensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& others, bool strict) {
+  const bool packed = cu_seqlens.has_value();
+  const int64_t lead = packed ? 1 : 2;
+  TOKRED_CHECK(x.dim() == lead + 1, "prune_topk: expected x of shape ",
+               packed ? "[total_tokens, dim] (with cu_seqlens)" : "[batch_size, num_tokens, dim]", ", got ", shape_of(x));
+  const int64_t num_tokens = x.size(lead - 1);
+  if (packed) {
+    check_shape("prune_topk", "score", score, {num_tokens}, "[total_tokens]");
+    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+                 "prune_topk: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
+    check_dtype("prune_topk", "cu_seqlens", *cu_seqlens, ScalarType::Int);
+    check_contiguous("prune_topk", "cu_seqlens", *cu_seqlens);
+    check_same_device("prune_topk", "x", x, "cu_seqlens", *cu_seqlens);
+    TOKRED_CHECK(max_seqlen >= 0 && max_seqlen <= num_tokens, "prune_topk: expected max_seqlen in [0, ", num_tokens,
+                 "], got ", max_seqlen);
+  } else {
+    check_shape("prune_topk", "score", score, {x.size(0), num_tokens}, "[batch_size, num_tokens]");
+  }
+  const int64_t batch_size = packed ? cu_seqlens->size(0) - 1 : x.size(0);
+  const DType score_dtype = check_float("prune_topk", "score", score);
+  check_last_dim("prune_topk", "score", score);
+  check_same_device("prune_topk", "x", x, "score", score);
+  check_int32_range("prune_topk", "num_tokens", num_tokens);
+  if (strict) {
+    TOKRED_CHECK(k >= 0 && k <= num_tokens, "prune_topk: expected k in [0, ", num_tokens, "], got ", k);
+  } else {
+    TOKRED_CHECK(k >= 0, "prune_topk: expected k >= 0, got ", k);
+    check_int32_range("prune_topk", "k", k);
+  }
+  TOKRED_CHECK(static_cast<int>(others.size()) < kPruneTopkMaxTensors, "prune_topk: expected at most ",
+               kPruneTopkMaxTensors - 1, " companions in others, got ", others.size());
+  const uint8_t* keep = check_mask("keep_mask", keep_mask, score);
+  const uint8_t* drop = check_mask("drop_mask", drop_mask, score);
+
+  Call call{{}, new_empty(x, {batch_size, k}, ScalarType::Long), {}};
+  call.args.num_tensors = 0;
+  for (size_t i = 0; i <= others.size(); ++i) {
+    const Tensor& tensor = i == 0 ? x : others[i - 1];
+    const std::string name = i == 0 ? "x" : concat("others[", i - 1, "]");
+    if (i > 0) {
+      check_same_device("prune_topk", "x", x, name.c_str(), tensor);
+      bool same = tensor.dim() >= lead;
+      for (int64_t d = 0; same && d < lead; ++d) same = tensor.size(d) == x.size(d);
+      TOKRED_CHECK(same, "prune_topk: expected ", name, " of shape ",
+                   packed ? "[total_tokens, ...]" : "[batch_size, num_tokens, ...]", " with the sizes of x ",
+                   shape_of(x), ", got ", shape_of(tensor));
+    }
+    std::vector<int64_t> shape{batch_size, k};
+    for (int64_t d = lead; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
+    call.kept.push_back(new_empty(tensor, shape));
+    call.args.tensors[call.args.num_tensors++] = row_tensor(name, tensor, packed, call.kept.back());
+  }
+  call.args.score = score.const_data_ptr();
+  call.args.keep_mask = keep;
+  call.args.drop_mask = drop;
+  call.args.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+  call.args.kept_idx = static_cast<int64_t*>(call.kept_idx.mutable_data_ptr());
+  call.args.num_kept = nullptr;
+  call.args.batch_size = batch_size;
+  call.args.num_tokens = num_tokens;
+  call.args.max_seqlen = packed ? max_seqlen : num_tokens;
+  call.args.k = k;
+  call.args.stride_score = packed ? 0 : score.stride(0);
+  call.args.score_dtype = score_dtype;
+  return call;
+}
+
+using Run = void (*)(const PruneTopkArgs& args, const Tensor& x);
+
+void run_cpu(const PruneTopkArgs& args, const Tensor&) { prune_topk_cpu(args); }
+[[maybe_unused]] void run_cuda(const PruneTopkArgs& args, const Tensor& x) {
+#if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
+  const OnDevice device(x);
+  check_cuda("prune_topk", prune_topk_cuda(args, device.stream()));
+#endif
+}
+
+template <Run run>
+std::tuple<Tensor, Tensor> plain(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask,
+                                 const OptTensor& drop_mask) {
+  Call call = prepare(x, score, k, keep_mask, drop_mask, std::nullopt, 0, {}, /*strict=*/true);
+  run(call.args, x);
+  return {call.kept[0], call.kept_idx};
+}
+
+template <Run run>
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(
+    const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
+    const OptTensor& cu_seqlens, int64_t max_seqlen, const std::optional<std::vector<Tensor>>& others) {
+  Call call = prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen,
+                      others ? *others : std::vector<Tensor>{}, /*strict=*/!cu_seqlens.has_value());
+  Tensor num_kept = new_empty(x, {call.args.batch_size}, ScalarType::Int);
+  call.args.num_kept = static_cast<int32_t*>(num_kept.mutable_data_ptr());
+  run(call.args, x);
+  return {call.kept[0], call.kept_idx, num_kept, {call.kept.begin() + 1, call.kept.end()}};
+}
+
+TOKRED_SCHEMA(m) {
+  m.def(
+      "prune_topk(Tensor x, Tensor score, SymInt k, Tensor? keep_mask=None, Tensor? drop_mask=None)"
+      " -> (Tensor x_kept, Tensor kept_idx)");
+  m.def(
+      "prune_topk.packed(Tensor x, Tensor score, SymInt k, Tensor? keep_mask=None, Tensor? drop_mask=None,"
+      " Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor[]? others=None)"
+      " -> (Tensor x_kept, Tensor kept_idx, Tensor num_kept, Tensor[] others_kept)");
+}
+TOKRED_IMPL_CPU(m) {
+  m.impl("prune_topk", TORCH_BOX(&plain<run_cpu>));
+  m.impl("prune_topk.packed", TORCH_BOX(&packed<run_cpu>));
+}
+TOKRED_IMPL_CUDA(m) {
+  m.impl("prune_topk", TORCH_BOX(&plain<run_cuda>));
+  m.impl("prune_topk.packed", TORCH_BOX(&packed<run_cuda>));
+}
+
+}  // namespace
+}  // namespace tokred

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""What every op's registration shares: autocast, vmap, the refusal to differentiate, checks for fakes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sample = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a public function, as (args, kwargs); each op's ``sample_inputs`` returns a list of them."""
+
+_library = torch.library.Library("tokred", "IMPL")
+
+
+def no_gradient(name: str, hint: str) -> None:
+    """Make the backward of ``tokred::name`` raise; ``hint`` says what to use instead."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name.split('.')[0]}: has no gradient; {hint}")
+
+    torch.library.register_autograd(f"tokred::{name}", backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def autocast(name: str, num_cast: int) -> None:
+    """Cast the first ``num_cast`` arguments of ``tokred::name`` to the autocast dtype, and no others."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.tokred, packet), overload or "default")
+
+    def register(device_type: str, key_name: str) -> None:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = tuple(
+                arg.to(dtype) if i < num_cast and arg.dtype in (torch.float32, torch.float16, torch.bfloat16) else arg
+                for i, arg in enumerate(args)
+            )
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*cast, **kwargs)
+
+        _library.impl(name, kernel, key_name)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
+def fold_vmap(name: str, shared: Sequence[int] = ()) -> None:
+    """Give ``tokred::name`` a vmap rule: the mapped dimension is folded into the batch dimension, the first of each tensor.
+
+    ``shared`` lists positions of tensor arguments without a batch dimension; they must not be mapped.
+    """
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.tokred, packet), overload or "default")
+
+    def fold(x: Any, dim: Any, size: int) -> Any:
+        if isinstance(x, (list, tuple)) and any(isinstance(item, Tensor) for item in x):
+            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+            return [fold(item, d, size) for item, d in zip(x, dims)]
+        if not isinstance(x, Tensor):
+            return x
+        moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return moved.flatten(0, 1)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        folded = []
+        for i, (arg, dim) in enumerate(zip(args, in_dims)):
+            if i in shared:
+                if dim is not None:
+                    raise RuntimeError(f"{packet}: argument {i} has no batch dimension and cannot be mapped by vmap")
+                folded.append(arg)
+            else:
+                folded.append(fold(arg, dim, size))
+        out = op(*folded)
+
+        def unfold(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(unfold(item) for item in x)
+            return x.unflatten(0, (size, x.shape[0] // size))
+
+        def dims_of(x: Any) -> Any:
+            return type(x)(dims_of(item) for item in x) if isinstance(x, (list, tuple)) else 0
+
+        return unfold(out), dims_of(out)
+
+    torch.library.register_vmap(f"tokred::{name}", rule)
+
+
+def seeded(device: torch.device | str) -> Callable[..., Tensor]:
+    """Return a ``randn`` of a fixed seed, drawn on the CPU so that every device sees the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    return randn

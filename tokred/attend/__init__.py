@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""Attention over selected keys and values."""

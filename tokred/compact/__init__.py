@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""Shorter sequences: pruned, gathered, packed."""
+
+from tokred.compact.prune_topk import prune_topk as prune_topk

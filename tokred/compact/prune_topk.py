@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""prune_topk: keep the k best-scored tokens of each sequence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred import _op
+from tokred.compact.gather_tokens import scatter_rows
+
+
+def prune_topk(
+    x: Tensor,
+    score: Tensor,
+    k: int,
+    *,
+    keep_mask: Tensor | None = None,
+    drop_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    others: Sequence[Tensor] | None = None,
+    return_num_kept: bool = False,
+) -> tuple[Any, ...]:
+    """Keep the ``k`` highest-scored tokens of each sequence, in their original order.
+
+    Args:
+        x: Tokens, ``[batch_size, num_tokens, dim]``, or packed ``[total_tokens, dim]`` with ``cu_seqlens``. Any dtype; the
+            last dimension is contiguous.
+        score: ``[batch_size, num_tokens]``, or ``[total_tokens]``; float32, float16 or bfloat16, compared exactly.
+        k: How many to keep. Dense: in ``[0, num_tokens]``. Packed: a sequence with fewer tokens keeps all of them.
+        keep_mask: Bool, as ``score``; these tokens are kept and count towards ``k``. When more than ``k`` are marked, the
+            ``k`` best-scored of them are kept.
+        drop_mask: Bool, as ``score``; these tokens are never kept, whatever ``keep_mask`` says.
+        cu_seqlens: ``[batch_size + 1]`` int32, starts with 0, ends with ``total_tokens``: the input is packed.
+        max_seqlen: The longest sequence of a packed input (the default, ``total_tokens``, is always right and slower on
+            CUDA); tokens of a sequence beyond it are not looked at.
+        others: Up to 15 more tensors gathered by the same list: ``[batch_size, num_tokens, ...]`` or
+            ``[total_tokens, ...]``, any dtype, contiguous after the token dimension.
+        return_num_kept: Return ``num_kept`` for a dense input, too.
+
+    Returns:
+        ``(x_kept, kept_idx)``, followed by ``num_kept`` when the input is packed or ``return_num_kept`` is set, followed
+        by the list of gathered ``others`` when given.
+
+        - ``x_kept``: ``[batch_size, k, dim]``; rows past ``num_kept`` are zeros.
+        - ``kept_idx``: ``[batch_size, k]`` int64, positions within the sequence, increasing, then -1 in slots that no token
+          fills (fewer than ``k`` tokens are eligible).
+        - ``num_kept``: ``[batch_size]`` int32.
+
+    Ties go to the lowest index; NaN ranks below every number, above excluded tokens; -0.0 equals 0.0. Deterministic, the
+    same indices on every device; a row's result does not depend on its batch. Shapes depend on shapes and ``k`` alone.
+    Differentiable in ``x`` and ``others``; not in ``score``.
+
+    Example:
+        >>> x, score = torch.randn(2, 5, 8), torch.tensor([[0.1, 0.9, 0.5, 0.9, 0.2], [3.0, 2.0, 1.0, 0.0, -1.0]])
+        >>> x_kept, kept_idx = tokred.prune_topk(x, score, 2)
+        >>> kept_idx.tolist()
+        [[1, 3], [0, 1]]
+    """
+    if cu_seqlens is None and others is None and not return_num_kept:
+        return torch.ops.tokred.prune_topk.default(x, score, k, keep_mask, drop_mask)
+    if max_seqlen is None:
+        max_seqlen = x.shape[0] if cu_seqlens is not None else 0
+    x_kept, kept_idx, num_kept, others_kept = torch.ops.tokred.prune_topk.packed(
+        x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen, None if others is None else list(others)
+    )
+    counts = (num_kept,) if cu_seqlens is not None or return_num_kept else ()
+    return (x_kept, kept_idx, *counts, *(() if others is None else (others_kept,)))
+
+
+def select_reference(score: Tensor, k: int, keep: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    """Define the selection of one row: ``[num_tokens]`` to ``[k]`` int64, increasing, then -1."""
+    num_tokens = score.shape[0]
+    eligible = torch.ones_like(score, dtype=torch.bool) if drop is None else ~drop
+    forced = eligible & keep if keep is not None else torch.zeros_like(eligible)
+    value = score.float()
+    order = torch.arange(num_tokens, device=score.device)
+    # Least significant first: each stable sort keeps the order of the ones before it.
+    for key in (value.nan_to_num(-torch.inf, torch.inf, -torch.inf), ~value.isnan(), forced, eligible):
+        order = order[key[order].float().argsort(descending=True, stable=True)]
+    kept = order[:k]
+    kept = kept[eligible[kept]].sort().values
+    return torch.cat([kept, kept.new_full((k - kept.shape[0],), -1)])
+
+
+def reference(
+    x: Tensor,
+    score: Tensor,
+    k: int,
+    *,
+    keep_mask: Tensor | None = None,
+    drop_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    others: Sequence[Tensor] | None = None,
+    return_num_kept: bool = False,
+) -> tuple[Any, ...]:
+    """Define prune_topk in plain PyTorch; tests and benchmarks measure against this."""
+    if cu_seqlens is None:
+        spans = None
+        rows = [(s, b) for b, s in enumerate(score.unbind(0))]
+        starts = [0] * len(rows)
+        sources = [list(t.unbind(0)) for t in (x, *(others or ()))]
+    else:
+        spans = list(zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:]))
+        rows = [(score[a:e], b) for b, (a, e) in enumerate(spans)]
+        starts = [a for a, _ in spans]
+        sources = [[t[a:e] for a, e in spans] for t in (x, *(others or ()))]
+    picked = []
+    for row, b in rows:
+        where = (lambda m, b=b, row=row: None if m is None else (m[b] if spans is None else m[starts[b] : starts[b] + len(row)]))
+        picked.append(select_reference(row, k, where(keep_mask), where(drop_mask)))
+    kept_idx = torch.stack(picked) if picked else torch.empty((0, k), dtype=torch.int64, device=x.device)
+    outputs = []
+    for tensor, per_row in zip((x, *(others or ())), sources):
+        gathered = []
+        for source, idx in zip(per_row, picked):
+            out = source.new_zeros((k, *source.shape[1:]))
+            out[idx >= 0] = source[idx[idx >= 0]]
+            gathered.append(out)
+        tail = tensor.shape[1 if cu_seqlens is not None else 2 :]
+        outputs.append(torch.stack(gathered) if gathered else tensor.new_zeros((0, k, *tail)))
+    counts = ((kept_idx >= 0).sum(1, dtype=torch.int32),) if cu_seqlens is not None or return_num_kept else ()
+    return (outputs[0], kept_idx, *counts, *(() if others is None else (outputs[1:],)))
+
+
+@torch.library.register_fake("tokred::prune_topk")
+def _(x: Tensor, score: Tensor, k: int, keep_mask: Any = None, drop_mask: Any = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k, x.shape[2])), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+@torch.library.register_fake("tokred::prune_topk.packed")
+def _(
+    x: Tensor,
+    score: Tensor,
+    k: int,
+    keep_mask: Any = None,
+    drop_mask: Any = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    others: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    batch_size, lead = (x.shape[0], 2) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 1)
+    kept = [t.new_empty((batch_size, k, *t.shape[lead:])) for t in (x, *(others or ()))]
+    kept_idx = x.new_empty((batch_size, k), dtype=torch.int64)
+    return kept[0], kept_idx, x.new_empty((batch_size,), dtype=torch.int32), kept[1:]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.num_tokens = inputs[0].shape[1]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return scatter_rows(grad, ctx.saved_tensors[0], ctx.num_tokens), None, None, None, None
+
+
+torch.library.register_autograd("tokred::prune_topk", _backward, setup_context=_setup)
+
+
+def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, cu_seqlens, others = inputs[0], inputs[5], inputs[7]
+    ctx.packed = cu_seqlens is not None
+    ctx.num_tokens = x.shape[0 if ctx.packed else 1]
+    ctx.needs = None if others is None else [t.requires_grad for t in others]
+    ctx.save_for_backward(output[1], *(() if cu_seqlens is None else (cu_seqlens,)))
+
+
+def _backward_packed(ctx: Any, grad: Tensor, _idx: Any, _num: Any, grad_others: list[Any]) -> tuple[Any, ...]:
+    kept_idx = ctx.saved_tensors[0]
+    if ctx.packed:  # one list over all sequences, in rows of the packed tensor
+        starts = ctx.saved_tensors[1][:-1, None].long()
+        kept_idx = torch.where(kept_idx < 0, kept_idx, kept_idx + starts).reshape(1, -1)
+
+    def back(g: Tensor) -> Tensor:
+        if not ctx.packed:
+            return scatter_rows(g, kept_idx, ctx.num_tokens)
+        return scatter_rows(g.flatten(0, 1).unsqueeze(0), kept_idx, ctx.num_tokens)[0]
+
+    others = None
+    if ctx.needs is not None:
+        others = [back(g) if need and g is not None else None for g, need in zip(grad_others, ctx.needs)]
+    return back(grad), None, None, None, None, None, None, others
+
+
+torch.library.register_autograd("tokred::prune_topk.packed", _backward_packed, setup_context=_setup_packed)
+_op.fold_vmap("prune_topk")
+
+
+def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
+    """Return small calls for doctor, opcheck and smoke tests."""
+    randn = _op.seeded(device)
+    x, score = randn(2, 13, 24, dtype=dtype), randn(2, 13, dtype=dtype)
+    mask = score > 1
+    packed = {"cu_seqlens": torch.tensor([0, 3, 3, 26], dtype=torch.int32, device=device), "max_seqlen": 23}
+    flat = x.flatten(0, 1)
+    return [
+        ((x, score, 5), {}),
+        ((x, score, 5), {"keep_mask": mask, "drop_mask": score < 0}),
+        ((x, score, 0), {}),
+        ((flat, score.flatten(), 7), {**packed, "others": [torch.arange(26, device=device), flat]}),
+    ]
