@@ -106,7 +106,7 @@ Plan plan(const PlanSizes& sizes) {
   sort.kernel = "sort_tokens_kernel";
   sort.grid[0] = a.batch_size * ceil_div<int64_t>(a.num_out, p.segments_per_sort);
   sort.block = p.sort_warps * 32;
-  sort.shared_bytes = int64_t{4} * p.sort_warps * p.segments_per_sort;
+  sort.shared_bytes = 256 + int64_t{4} * p.sort_warps * p.segments_per_sort;  // and the scratch of the block scan
   merge.kernel = "merge_rows_kernel";
   merge.grid[0] = ceil_div<int64_t>(tasks, kMergeThreads / p.lanes_per_row);
   merge.block = kMergeThreads;

@@ -44,7 +44,8 @@ constexpr int kSortCounters = 16384;
 constexpr SegmentMergePolicy choose_policy(const SegmentMergeArgs& a, uint64_t address) {
   SegmentMergePolicy p{};
   p.sort_warps = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(a.num_tokens, 64), 1, 16));
-  p.segments_per_sort = static_cast<int>(std::min<int64_t>(kSortCounters / p.sort_warps, std::max<int64_t>(a.num_out, 1)));
+  p.segments_per_sort =
+      static_cast<int>(std::clamp<int64_t>(a.num_out, 1, std::min(kSortCounters / p.sort_warps, 4096)));
   const int64_t element = element_size(a.dtype);
   const uint64_t all = address | static_cast<uint64_t>((a.dim | a.stride_batch | a.stride_token) * element);
   p.load_bytes = all % 16 == 0 ? 16 : static_cast<int>(element);
