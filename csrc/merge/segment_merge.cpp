@@ -42,6 +42,7 @@ Call prepare(const Tensor& x, const Tensor& dst_idx, int64_t num_out, const OptT
   TOKRED_CHECK(num_out >= 0, "segment_merge: expected num_out >= 0, got ", num_out);
   check_int32_range(kOp, "num_tokens", num_tokens);
   check_int32_range(kOp, "num_out", num_out);
+  check_int32_range(kOp, "dim", dim);
   check_int32_range(kOp, "batch_size * num_out", batch_size * num_out);
   const float* weight_data = check_factor("weight", weight, x);
   const float* size_data = check_factor("size", size, x);

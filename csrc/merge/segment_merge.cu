@@ -10,20 +10,21 @@
 namespace tokred {
 namespace {
 
-constexpr int kAhead = 3;  // loads of a thread in flight: ids in kernel 1, members in kernel 2
+constexpr int kIdsAhead = 4;      // loads of a thread in flight in kernel 1
+constexpr int kMembersAhead = 2;  // and kernel 2, times kMergePacks; more would cost a fourth block per SM (64 registers)
 
 struct SortStorage {
   BlockScratch scratch;
 };  // tail: int32 counters [sort_warps][segments of the range]
 
-// Calls body(ids, first) for groups of kAhead x 32 tokens of [begin, end): ids[g] is the segment of token
+// Calls body(ids, first) for groups of kIdsAhead x 32 tokens of [begin, end): ids[g] is the segment of token
 // first + 32 g + lane counted from the range's first one, and out of [0, INT32_MAX) where there is none.
 template <typename Body>
 __device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_start, int begin, int end, const Body& body) {
-  for (int first = begin; first < end; first += kAhead * kWarpSize) {
-    int64_t ids[kAhead];
+  for (int first = begin; first < end; first += kIdsAhead * kWarpSize) {
+    int64_t ids[kIdsAhead];
 #pragma unroll
-    for (int g = 0; g < kAhead; ++g) {
+    for (int g = 0; g < kIdsAhead; ++g) {
       const int token_idx = first + g * kWarpSize + lane_index();
       ids[g] = token_idx < end ? a.dst_idx[row_start + token_idx] : -1;
     }
@@ -51,9 +52,9 @@ __global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs
   for (int i = thread_rank(); i < num_warps * num_segments; i += num_threads) all_counters[i] = 0;
   __syncthreads();  // counters are zero
   int below = 0;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kAhead], int) {
+  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kIdsAhead], int) {
 #pragma unroll
-    for (int g = 0; g < kAhead; ++g) {
+    for (int g = 0; g < kIdsAhead; ++g) {
       const int64_t segment = ids[g] - first_segment;
       if (segment >= 0 && segment < num_segments) atomicAdd(&counters[segment], 1);
       below += ids[g] >= 0 && segment < 0;
@@ -84,9 +85,9 @@ __global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs
   __syncthreads();  // places are known
 
   int32_t* const order = a.order + row_start;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kAhead], int first) {
+  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kIdsAhead], int first) {
 #pragma unroll
-    for (int g = 0; g < kAhead; ++g) {  // every lane of the warp is here: first and the trip count are uniform
+    for (int g = 0; g < kIdsAhead; ++g) {  // every lane of the warp is here: first and the trip count are uniform
       const int64_t segment = ids[g] - first_segment;
       const bool mine = segment >= 0 && segment < num_segments;
       const unsigned peers = __match_any_sync(kFullMask, mine ? static_cast<int>(segment) : -1);
@@ -146,6 +147,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
   }
 
   const unsigned column = (chunk * kMergePacks * blockDim.x + threadIdx.x) * kVec, step = blockDim.x * kVec;
+  using Word = typename detail::Word<sizeof(T) * kVec>::type;
   bool live[kMergePacks];
   float acc[kMergePacks][kVec];
 #pragma unroll
@@ -155,32 +157,30 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
     for (int v = 0; v < kVec; ++v) acc[p][v] = kMax ? -INFINITY : -0.f;  // neutral: 0 + -0 would lose the sign
   }
   const T* const x = static_cast<const T*>(a.x) + batch_idx * a.stride_batch + column;
-  int next[kAhead];
+  for (int m = begin; m < end; m += kMembersAhead) {
+    Word word[kMembersAhead][kMergePacks] = {};
+    float weight[kMembersAhead] = {};
 #pragma unroll
-  for (int g = 0; g < kAhead; ++g) next[g] = begin + g < end ? order[begin + g] : -1;
-  for (int m = begin; m < end; m += kAhead) {
-    Pack<T, kVec> pack[kAhead][kMergePacks];
-    int token_idx[kAhead];
-#pragma unroll
-    for (int g = 0; g < kAhead; ++g) {
-      token_idx[g] = next[g];
-      const T* const from = x + token_idx[g] * a.stride_token;
+    for (int g = 0; g < kMembersAhead; ++g) {  // all loads first: they are in flight together
+      if (m + g >= end) break;
+      const int token_idx = order[m + g];
+      const T* const from = x + token_idx * a.stride_token;
 #pragma unroll
       for (int p = 0; p < kMergePacks; ++p) {
-        if (token_idx[g] >= 0 && live[p]) pack[g][p] = load_pack_once<kVec>(from + p * step);
+        if (live[p]) word[g][p] = __ldcs(reinterpret_cast<const Word*>(from + p * step));  // as bits: halves in pairs
       }
+      weight[g] = factor ? factor[token_idx] : 1.f;
     }
 #pragma unroll
-    for (int g = 0; g < kAhead; ++g) next[g] = m + kAhead + g < end ? order[m + kAhead + g] : -1;
-#pragma unroll
-    for (int g = 0; g < kAhead; ++g) {
-      if (token_idx[g] < 0) break;
-      const float coef = kMax ? 1.f : (factor ? factor[token_idx[g]] : 1.f) / total;  // one member: exactly 1
+    for (int g = 0; g < kMembersAhead; ++g) {
+      if (m + g >= end) break;
+      const float coef = weight[g] / total;  // of a single member: exactly 1
 #pragma unroll
       for (int p = 0; p < kMergePacks; ++p) {
         if (!live[p]) continue;
+        const auto pack = detail::bits_as<Pack<T, kVec>>(word[g][p]);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) acc[p][v] = accumulate<kMax>(acc[p][v], coef, static_cast<float>(pack[g][p].v[v]));
+        for (int v = 0; v < kVec; ++v) acc[p][v] = accumulate<kMax>(acc[p][v], coef, static_cast<float>(pack.v[v]));
       }
     }
   }

@@ -37,7 +37,7 @@ struct SegmentMergePolicy {
 };
 
 constexpr int kMergeThreads = 256;  // of a block of kernel 2
-constexpr int kMergePacks = 2;      // packs per thread and member: 4 members x 2 packs are in flight
+constexpr int kMergePacks = 2;      // packs per thread: the lookup of a member is paid once for 32 bytes
 constexpr int kSortCounters = 16384;
 
 // Pure. address: x and merged, or-ed together.
