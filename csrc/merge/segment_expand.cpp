@@ -18,8 +18,8 @@ Call prepare(const Tensor& y, const Tensor& dst_idx) {
   TOKRED_CHECK(y.dim() == 3, "segment_expand: expected y of shape [batch_size, num_out, dim], got ", shape_of(y));
   check_last_dim(kOp, "y", y);
   TOKRED_CHECK(dst_idx.dim() == 2 && dst_idx.size(0) == y.size(0),
-               "segment_expand: expected dst_idx of shape [batch_size, num_tokens] with batch_size = ", y.size(0), ", got ",
-               shape_of(dst_idx));
+               "segment_expand: expected dst_idx of shape [batch_size, num_tokens] with batch_size = ", y.size(0),
+               ", got ", shape_of(dst_idx));
   check_same_device(kOp, "y", y, "dst_idx", dst_idx);
   const IndexPtr dst = check_index(kOp, "dst_idx", dst_idx);
   const int64_t batch_size = y.size(0), num_tokens = dst_idx.size(1);

@@ -8,7 +8,8 @@
 namespace tokred {
 namespace {
 
-__global__ void __launch_bounds__(kCopyThreads) segment_expand_kernel(const SegmentExpandArgs args, int width, int64_t units) {
+__global__ void __launch_bounds__(kCopyThreads)
+    segment_expand_kernel(const SegmentExpandArgs args, int width, int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * kCopyChunk;
   const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
   const SegmentExpandSource source{args.dst_idx, args.num_tokens, args.num_out};

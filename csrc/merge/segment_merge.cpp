@@ -47,9 +47,12 @@ Call prepare(const Tensor& x, const Tensor& dst_idx, int64_t num_out, const OptT
   const float* weight_data = check_factor("weight", weight, x);
   const float* size_data = check_factor("size", size, x);
   const MergeMode merge_mode = parse_mode(mode);
-  TOKRED_CHECK(merge_mode != MergeMode::kMax || !weight, "segment_merge: expected weight=None in mode \"max\", got a tensor");
+  TOKRED_CHECK(merge_mode != MergeMode::kMax || !weight,
+               "segment_merge: expected weight=None in mode \"max\", got a tensor");
 
-  Call call{{}, new_empty(x, {batch_size, num_out, dim}, x.scalar_type()), new_empty(x, {batch_size, num_out}, ScalarType::Float),
+  Call call{{},
+            new_empty(x, {batch_size, num_out, dim}, x.scalar_type()),
+            new_empty(x, {batch_size, num_out}, ScalarType::Float),
             new_empty(x, {batch_size * (num_tokens + num_out + 1)}, ScalarType::Int)};
   SegmentMergeArgs& args = call.args;
   args.x = x.const_data_ptr();
@@ -89,7 +92,8 @@ std::tuple<Tensor, Tensor> on_cpu(const Tensor& x, const Tensor& dst_idx, int64_
   return {call.merged, call.size_out};
 }
 
-// sizes: batch_size, num_tokens, num_out, dim, element_size (2). Floor: every token is read and every output row written once.
+// sizes: batch_size, num_tokens, num_out, dim, element_size (2). Floor: every token is read and every output row
+// written once.
 Plan plan(const PlanSizes& sizes) {
   SegmentMergeArgs a{};
   a.batch_size = sizes["batch_size"];

@@ -10,8 +10,9 @@
 namespace tokred {
 namespace {
 
-constexpr int kIdsAhead = 4;      // loads of a thread in flight in kernel 1
-constexpr int kMembersAhead = 2;  // and kernel 2, times kMergePacks; more would cost a fourth block per SM (64 registers)
+constexpr int kIdsAhead = 4;  // loads of a thread in flight in kernel 1
+constexpr int kMembersAhead =
+    2;  // and kernel 2, times kMergePacks; more would cost a fourth block per SM (64 registers)
 
 struct SortStorage {
   BlockScratch scratch;
@@ -20,7 +21,8 @@ struct SortStorage {
 // Calls body(ids, first) for groups of kIdsAhead x 32 tokens of [begin, end): ids[g] is the segment of token
 // first + 32 g + lane counted from the range's first one, and out of [0, INT32_MAX) where there is none.
 template <typename Body>
-__device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_start, int begin, int end, const Body& body) {
+__device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_start, int begin, int end,
+                                       const Body& body) {
   for (int first = begin; first < end; first += kIdsAhead * kWarpSize) {
     int64_t ids[kIdsAhead];
 #pragma unroll
@@ -32,10 +34,11 @@ __device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_st
   }
 }
 
-// One block: the tokens of one batch row that go to one range of segments. A block reads the row's whole map, and counts
-// the tokens of the ranges below, too, so that no block waits for another. Each warp owns a contiguous share of the
-// tokens and a counter per segment: the order is that of the shares, and within a warp that of the lanes.
-__global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs a, int segments_per_sort, int num_ranges) {
+// One block: the tokens of one batch row that go to one range of segments. A block reads the row's whole map, and
+// counts the tokens of the ranges below, too, so that no block waits for another. Each warp owns a contiguous share of
+// the tokens and a counter per segment: the order is that of the shares, and within a warp that of the lanes.
+__global__ void __launch_bounds__(512)
+    sort_tokens_kernel(const SegmentMergeArgs a, int segments_per_sort, int num_ranges) {
   TOKRED_SHARED(SortStorage, s);
   const int64_t batch_idx = blockIdx.x / static_cast<unsigned>(num_ranges);
   const int range = static_cast<int>(blockIdx.x % static_cast<unsigned>(num_ranges));
@@ -43,7 +46,8 @@ __global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs
   const int first_segment = range * segments_per_sort;
   const int num_segments = min(segments_per_sort, num_out - first_segment);
   const int num_threads = static_cast<int>(blockDim.x), num_warps = num_threads / kWarpSize;
-  int* const all_counters = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(&s) + shared_tail_offset<SortStorage>());
+  int* const all_counters =
+      reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(&s) + shared_tail_offset<SortStorage>());
   int* const counters = all_counters + warp_index() * num_segments;  // of this warp
   const int share = ceil_div(ceil_div(num_tokens, num_warps), kWarpSize) * kWarpSize;
   const int begin = min(warp_index() * share, num_tokens), end = min(begin + share, num_tokens);
@@ -52,7 +56,7 @@ __global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs
   for (int i = thread_rank(); i < num_warps * num_segments; i += num_threads) all_counters[i] = 0;
   __syncthreads();  // counters are zero
   int below = 0;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kIdsAhead], int) {
+  warp_for_tokens(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead], int) {
 #pragma unroll
     for (int g = 0; g < kIdsAhead; ++g) {
       const int64_t segment = ids[g] - first_segment;
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(512) sort_tokens_kernel(const SegmentMergeArgs
   __syncthreads();  // places are known
 
   int32_t* const order = a.order + row_start;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t(&ids)[kIdsAhead], int first) {
+  warp_for_tokens(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead], int first) {
 #pragma unroll
     for (int g = 0; g < kIdsAhead; ++g) {  // every lane of the warp is here: first and the trip count are uniform
       const int64_t segment = ids[g] - first_segment;
@@ -202,8 +206,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
 int segment_merge_cuda(const SegmentMergeArgs& a, CUstream_st* stream) {
   const int64_t rows = a.batch_size * a.num_out;
   if (rows == 0) return cudaSuccess;
-  const SegmentMergePolicy p =
-      choose_policy(a, reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.merged));
+  const SegmentMergePolicy p = choose_policy(a, reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.merged));
   const int64_t num_ranges = ceil_div<int64_t>(a.num_out, p.segments_per_sort);
   const int64_t element = element_size(a.dtype);
   const int64_t chunk_bytes = int64_t{p.load_bytes} * p.lanes_per_row * kMergePacks;

@@ -14,22 +14,21 @@ struct SegmentMergeArgs {
   const float* size;    // [batch_size, num_tokens]; null: 1
   void* merged;         // [batch_size, num_out, dim], contiguous
   float* size_out;      // [batch_size, num_out]
-  int32_t* offsets;     // [batch_size, num_out + 1], scratch: segment j of a row has members order[offsets[j]..offsets[j+1])
-  int32_t* order;       // [batch_size, num_tokens], scratch: tokens by segment, ascending in each
+  int32_t*
+      offsets;     // [batch_size, num_out + 1], scratch: segment j of a row has members order[offsets[j]..offsets[j+1])
+  int32_t* order;  // [batch_size, num_tokens], scratch: tokens by segment, ascending in each
   int64_t batch_size, num_tokens, num_out, dim;
   int64_t stride_batch, stride_token;  // of x, in elements
   DType dtype;                         // of x and merged
   MergeMode mode;
 
   // What a token counts for in the sum or mean; null: 1.
-  TOKRED_HOST_DEVICE const float* factor() const {
-    return weight || mode != MergeMode::kMean ? weight : size;
-  }
+  TOKRED_HOST_DEVICE const float* factor() const { return weight || mode != MergeMode::kMean ? weight : size; }
 };
 
 struct SegmentMergePolicy {
   // Kernel 1: one block sorts the tokens of one batch row that go to one range of segments.
-  int sort_warps;        // each counts a contiguous share of the tokens on its own
+  int sort_warps;         // each counts a contiguous share of the tokens on its own
   int segments_per_sort;  // sort_warps x segments_per_sort counters fill at most 64 KiB of shared memory
   // Kernel 2: lanes_per_row threads share an output row (or a chunk of it), each with kMergePacks packs of load_bytes.
   int load_bytes;

@@ -133,7 +133,8 @@ void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* memb
   }
 }
 
-void merge_size(const SegmentMergeArgs& a, int64_t batch_idx, int64_t segment_idx, const int32_t* members, int32_t count) {
+void merge_size(const SegmentMergeArgs& a, int64_t batch_idx, int64_t segment_idx, const int32_t* members,
+                int32_t count) {
   float total = static_cast<float>(count);
   if (a.size) {
     const float* size = a.size + batch_idx * a.num_tokens;
@@ -148,11 +149,11 @@ void merge_size(const SegmentMergeArgs& a, int64_t batch_idx, int64_t segment_id
 template <typename T, bool kMax>
 void merge_all(const SegmentMergeArgs& a) {
   const int64_t rows = a.batch_size * a.num_out, row_bytes = a.dim * int64_t{sizeof(T)};
-  const bool stream = rows * row_bytes >= kStreamBytes && row_bytes % 16 == 0 &&
-                      reinterpret_cast<uint64_t>(a.merged) % 16 == 0;
+  const bool stream =
+      rows * row_bytes >= kStreamBytes && row_bytes % 16 == 0 && reinterpret_cast<uint64_t>(a.merged) % 16 == 0;
   const int64_t width = rows >= 64 ? std::max<int64_t>(a.dim, 1) : 1024;
   const int64_t num_chunks = std::max<int64_t>(ceil_div(a.dim, width), 1);
-  const int64_t units = a.num_tokens + a.num_out;  // of one batch row and column chunk
+  const int64_t units = a.num_tokens + a.num_out;                                  // of one batch row and column chunk
   const int64_t grain = 1 + (int64_t{256} << 10) / (row_bytes / num_chunks + 16);  // 256 KiB: about 10 us of copying
   parallel_for(num_chunks * a.batch_size * units, grain, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin / units; part * units < end; ++part) {
@@ -163,7 +164,10 @@ void merge_all(const SegmentMergeArgs& a) {
       int64_t j = 0, above = a.num_out;  // the first segment whose unit, offsets[j] + j, is in this share
       while (j < above) {
         const int64_t mid = (j + above) / 2;
-        if (offsets[mid] + mid < first) j = mid + 1; else above = mid;
+        if (offsets[mid] + mid < first)
+          j = mid + 1;
+        else
+          above = mid;
       }
       const int64_t column = chunk * width, column_end = std::min(a.dim, column + width);
       for (; j < a.num_out && offsets[j] + j < last; ++j) {
@@ -189,9 +193,11 @@ void segment_merge_cpu(const SegmentMergeArgs& a) {
       int32_t* offsets = a.offsets + b * (a.num_out + 1);
       int32_t* order = a.order + b * a.num_tokens;
       if (a.dst_idx.is_int64) {
-        sort_tokens(static_cast<const int64_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets, order);
+        sort_tokens(static_cast<const int64_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets,
+                    order);
       } else {
-        sort_tokens(static_cast<const int32_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets, order);
+        sort_tokens(static_cast<const int32_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets,
+                    order);
       }
     }
   });
