@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+// One task per block of sources: it meets all destinations tile by tile and keeps the best of each row, so that the
+// similarities never leave a thread's scratch. Unit vectors are made while packing; protected destinations are not packed
+// at all. Then one task per batch row ranks the sources and numbers the output rows.
+#include "merge/bipartite_match.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/gemm.h"
+#include "common/topk.h"
+
+namespace tokred {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int kLanes = 32;  // two registers of the widest clone: independent sums and maxima in one fixed order
+
+TOKRED_INLINE float norm_of(const float* row, int64_t depth) {
+  float lane[kLanes] = {};
+  for (int64_t c = 0; c < depth; c += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lane[l] += row[c + l] * row[c + l];
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+  }
+  return __builtin_sqrtf(lane[0]);
+}
+
+// Rows first, first + step, ... (or, by list, first + list[i] * step), widened and, if asked, scaled to unit length.
+// padded_depth is a multiple of kLanes; padding is zero.
+template <typename T>
+TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
+                              int64_t padded_rows, int64_t padded_depth, bool normalize, float eps, float* dst) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    float* out = dst + i * padded_depth;
+    int64_t c = 0;
+    if (i < rows) {
+      const T* row = src + (list ? int64_t{list[i]} : i) * stride_row;
+      for (; c < depth; ++c) out[c] = static_cast<float>(row[c]);
+    }
+    for (; c < padded_depth; ++c) out[c] = 0.f;
+    if (normalize && i < rows) {
+      const float norm = norm_of(out, padded_depth);
+      const float scale = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
+      for (c = 0; c < padded_depth; ++c) out[c] *= scale;
+    }
+  }
+}
+
+// The first column whose similarity is value, or -1. Blocks without it are skipped by a vector comparison.
+TOKRED_INLINE int64_t find_first(const float* c, int64_t cols, float value) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) {
+    int32_t hit = 0;
+    for (int l = 0; l < kLanes; ++l) hit |= c[j + l] == value;
+    if (hit) break;
+  }
+  for (; j < cols; ++j) {
+    if (c[j] == value) return j;
+  }
+  return -1;
+}
+
+// Folds a tile into each row's best. Tiles come in ascending order and only a larger value replaces, so ties stay with the
+// lowest column; a comparison with NaN is false, so NaN is passed over. best_col -1: nothing but NaN so far.
+TOKRED_CLONES void fold_best(const float* tile, int64_t rows, int64_t stride_row, int64_t cols, int64_t first_col,
+                             float* best, int32_t* best_col) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* c = tile + i * stride_row;
+    float lane[kLanes];
+    for (int l = 0; l < kLanes; ++l) lane[l] = -kInf;
+    int64_t j = 0;
+    for (; j + kLanes <= cols; j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) lane[l] = c[j + l] > lane[l] ? c[j + l] : lane[l];
+    }
+    for (; j < cols; ++j) lane[0] = c[j] > lane[0] ? c[j] : lane[0];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) lane[l] = lane[l + width] > lane[l] ? lane[l + width] : lane[l];
+    }
+    if (lane[0] > best[i] || best_col[i] < 0) {  // the second: -inf is a number, too
+      const int64_t found = find_first(c, cols, lane[0]);
+      if (found >= 0) {
+        best[i] = lane[0];
+        best_col[i] = static_cast<int32_t>(first_col + found);
+      }
+    }
+  }
+}
+
+// The destinations that sources of a batch row may choose from, ascending, as positions after first_dst: the unprotected
+// candidates, or all of them where there is none.
+int64_t list_destinations(const uint8_t* protect, const BipartiteSets& sets, int32_t* list) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < sets.candidate_dst(); ++j) {
+    list[count] = static_cast<int32_t>(j);
+    count += !protect[2 * (sets.first_dst + j) + 1];
+  }
+  if (count > 0) return count;
+  for (int64_t j = 0; j < sets.candidate_dst(); ++j) list[j] = static_cast<int32_t>(j);
+  return sets.candidate_dst();
+}
+
+struct MatchScratch {
+  MatchScratch(const BipartiteMatchTile& tile, int64_t padded_depth, int64_t max_dst)
+      : src(tile.src_rows * padded_depth),
+        dst(tile.dst_rows * padded_depth),
+        similarity(tile.src_rows * tile.dst_rows),
+        best(tile.src_rows),
+        best_col(tile.src_rows),
+        list(max_dst + 1) {}
+  AlignedBuffer<float> src, dst, similarity, best;
+  AlignedBuffer<int32_t> best_col, list;
+};
+
+// Sources [begin, end) of one batch row.
+template <typename T>
+void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, const BipartiteMatchTile& tile, int64_t batch,
+                 int64_t begin, int64_t end, int64_t padded_depth, MatchScratch& s) {
+  const T* metric = static_cast<const T*>(a.metric) + batch * a.stride_batch;
+  const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens : nullptr;
+  const int64_t num_dst = protect ? list_destinations(protect, sets, s.list.data()) : sets.candidate_dst();
+  const int64_t rows = end - begin, step = 2 * a.stride_token;
+  const T* first_dst = metric + (2 * sets.first_dst + 1) * a.stride_token;
+  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, a.normalize, a.eps,
+             s.src.data());
+  std::fill_n(s.best.data(), rows, -kInf);
+  std::fill_n(s.best_col.data(), rows, -1);
+  for (int64_t col = 0; col < num_dst; col += tile.dst_rows) {
+    const int64_t cols = std::min(tile.dst_rows, num_dst - col);
+    pack_units(protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr, cols, a.dim,
+               tile.dst_rows, padded_depth, a.normalize, a.eps, s.dst.data());
+    gemm_nt(s.src.data(), s.dst.data(), s.similarity.data(), tile.src_rows, tile.dst_rows, padded_depth);
+    fold_best(s.similarity.data(), rows, tile.dst_rows, cols, col, s.best.data(), s.best_col.data());
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool all_nan = s.best_col[i] < 0;
+    const int64_t col = all_nan ? 0 : s.best_col[i];
+    const int64_t token = 2 * (begin + i), out = batch * a.num_tokens + token;
+    a.match_idx[out] = 2 * (sets.first_dst + (protect ? int64_t{s.list[col]} : col)) + 1;
+    a.score[out] = protect && protect[token] ? -kInf : all_nan ? std::numeric_limits<float>::quiet_NaN() : s.best[i];
+  }
+}
+
+// Outputs of tokens that have no match: destinations and the first num_protected tokens.
+void fill_unmatched(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t batch) {
+  const bool no_match = sets.candidate_dst() == 0;
+  for (int64_t token = 0; token < a.num_tokens; ++token) {
+    if (token % 2 == 0 && token >= a.num_protected && !no_match) continue;
+    a.match_idx[batch * a.num_tokens + token] = -1;
+    a.score[batch * a.num_tokens + token] = -kInf;
+  }
+}
+
+struct SelectScratch {
+  explicit SelectScratch(int64_t num_src)
+      : topk(num_src), drop(num_src + 1), merged(num_src + 1), picked(num_src + 32), ranked(num_src + 1) {}
+  TopkScratch topk;
+  AlignedBuffer<uint8_t> drop, merged;
+  AlignedBuffer<int32_t> picked;
+  AlignedBuffer<uint64_t> ranked;
+};
+
+// Numbers the output rows of one batch row. row_of(token) is dst_idx of that row.
+void number_rows(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t batch, SelectScratch& s) {
+  int64_t* row_of = a.dst_idx + batch * a.num_tokens;
+  const int64_t* match = a.match_idx + batch * a.num_tokens;
+  const float* score = a.score + batch * a.num_tokens + 2 * sets.first_src;
+  const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens + 2 * sets.first_src : nullptr;
+  const int64_t n = sets.candidate_src();
+  for (int64_t i = 0; i < n; ++i) s.drop[i] = protect ? protect[2 * i] : 0;
+  make_keys(score, 2, nullptr, protect ? s.drop.data() : nullptr, n, a.r, s.topk);
+  // Protected sources share the lowest key and count as eligible: they go last, the lowest index first.
+  topk_ascending(n, a.r, /*eligible=*/n, s.picked.data(), s.topk);
+  std::fill_n(s.merged.data(), sets.num_src, uint8_t{0});
+  for (int64_t i = 0; i < a.r; ++i) s.merged[sets.first_src + s.picked[i]] = 1;
+
+  const int64_t num_unmerged = sets.num_src - a.r;
+  int64_t gone = 0;  // sources merged before this one
+  for (int64_t i = 0; i < sets.num_src; ++i) {
+    row_of[2 * i] = a.order == MatchOrder::kIndex ? 2 * i - gone : i - gone;
+    gone += s.merged[i];
+    if (i < sets.num_dst) row_of[2 * i + 1] = a.order == MatchOrder::kIndex ? 2 * i + 1 - gone : num_unmerged + i;
+  }
+  if (a.order == MatchOrder::kScore) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {  // descending key, then ascending index
+      const uint32_t descending = 0x7fffffffu - static_cast<uint32_t>(s.topk.keys[i]);
+      s.ranked[count] = uint64_t{descending} << 32 | static_cast<uint64_t>(i);
+      count += !s.merged[sets.first_src + i];
+    }
+    std::sort(s.ranked.data(), s.ranked.data() + count);
+    for (int64_t k = 0; k < count; ++k) row_of[2 * (sets.first_src + static_cast<uint32_t>(s.ranked[k]))] = k;
+    for (int64_t i = 0; i < sets.first_src; ++i) row_of[2 * i] = count + i;
+  }
+  for (int64_t i = 0; i < sets.num_src; ++i) {
+    if (s.merged[i]) row_of[2 * i] = row_of[match[2 * i]];
+  }
+}
+
+}  // namespace
+
+void bipartite_match_cpu(const BipartiteMatchArgs& args) {
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  const BipartiteMatchTile tile = bipartite_match_tile(sets);
+  const int64_t padded_depth = std::max<int64_t>(ceil_div<int64_t>(args.dim, kLanes), 1) * kLanes;
+  if (args.batch_size == 0 || args.num_tokens == 0) return;
+  if (sets.candidate_src() > 0 && sets.candidate_dst() > 0) {
+    const int64_t blocks = ceil_div(sets.candidate_src(), tile.src_rows);
+    parallel_for_gemm(args.batch_size * blocks, [&](int64_t first, int64_t last) {
+      MatchScratch scratch(tile, padded_depth, args.protect ? sets.num_dst : 0);
+      dispatch_float(args.dtype, [&](auto tag) {
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t begin = sets.first_src + task % blocks * tile.src_rows;
+          match_block<typename decltype(tag)::type>(args, sets, tile, task / blocks, begin,
+                                                    std::min(begin + tile.src_rows, sets.num_src), padded_depth,
+                                                    scratch);
+        }
+      });
+    });
+  }
+  // About 10 ns per source: rows are grouped until a task is worth its start.
+  parallel_for(args.batch_size, 1 + 4096 / (sets.num_src + 16), [&](int64_t first, int64_t last) {
+    SelectScratch scratch(sets.num_src);
+    for (int64_t batch = first; batch < last; ++batch) {
+      fill_unmatched(args, sets, batch);
+      number_rows(args, sets, batch, scratch);
+    }
+  });
+}
+
+}  // namespace tokred
