@@ -15,75 +15,88 @@ namespace tokred {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int kLanes = 32;  // two registers of the widest clone: independent sums and maxima in one fixed order
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int kLanes = 16;  // a register of the widest clone: sums and maxima in one fixed order
+
+// The loops over lanes are not unrolled: the compiler would then miss that a lane loop is one vector operation.
+template <int kWidth>
+TOKRED_INLINE void add_halves(float* lane) {
+#pragma GCC unroll 1
+  for (int l = 0; l < kWidth; ++l) lane[l] += lane[l + kWidth];
+  if constexpr (kWidth > 1) add_halves<kWidth / 2>(lane);
+}
+template <int kWidth>
+TOKRED_INLINE void max_halves(float* lane) {
+#pragma GCC unroll 1
+  for (int l = 0; l < kWidth; ++l) lane[l] = lane[l + kWidth] > lane[l] ? lane[l + kWidth] : lane[l];
+  if constexpr (kWidth > 1) max_halves<kWidth / 2>(lane);
+}
 
 TOKRED_INLINE float norm_of(const float* row, int64_t depth) {
   float lane[kLanes] = {};
   for (int64_t c = 0; c < depth; c += kLanes) {
     for (int l = 0; l < kLanes; ++l) lane[l] += row[c + l] * row[c + l];
   }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-  }
+  add_halves<kLanes / 2>(lane);
   return __builtin_sqrtf(lane[0]);
 }
 
-// Rows first, first + step, ... (or, by list, first + list[i] * step), widened and, if asked, scaled to unit length.
-// padded_depth is a multiple of kLanes; padding is zero.
+// Rows 0, 1, ... or, by list, list[0], list[1], ..., widened and, if asked, scaled to unit length. padded_depth is a
+// multiple of kLanes; its padding is zero. Padding rows are filler.
 template <typename T>
 TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
-                              int64_t padded_rows, int64_t padded_depth, bool normalize, float eps, float* dst) {
-  for (int64_t i = 0; i < padded_rows; ++i) {
+                              int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps,
+                              float* dst) {
+  for (int64_t i = 0; i < rows; ++i) {
     float* out = dst + i * padded_depth;
-    int64_t c = 0;
-    if (i < rows) {
-      const T* row = src + (list ? int64_t{list[i]} : i) * stride_row;
-      for (; c < depth; ++c) out[c] = static_cast<float>(row[c]);
-    }
-    for (; c < padded_depth; ++c) out[c] = 0.f;
-    if (normalize && i < rows) {
+    const T* row = src + (list ? int64_t{list[i]} : i) * stride_row;
+    for (int64_t c = 0; c < depth; ++c) out[c] = static_cast<float>(row[c]);
+    for (int64_t c = depth; c < padded_depth; ++c) out[c] = 0.f;
+    if (normalize) {
       const float norm = norm_of(out, padded_depth);
       const float scale = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
-      for (c = 0; c < padded_depth; ++c) out[c] *= scale;
+      for (int64_t c = 0; c < padded_depth; ++c) out[c] *= scale;
     }
   }
+  for (int64_t i = rows * padded_depth; i < padded_rows * padded_depth; ++i) dst[i] = filler;
 }
 
-// The first column whose similarity is value, or -1. Blocks without it are skipped by a vector comparison.
-TOKRED_INLINE int64_t find_first(const float* c, int64_t cols, float value) {
-  int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) {
-    int32_t hit = 0;
-    for (int l = 0; l < kLanes; ++l) hit |= c[j + l] == value;
-    if (hit) break;
-  }
-  for (; j < cols; ++j) {
-    if (c[j] == value) return j;
-  }
-  return -1;
-}
-
-// Folds a tile into each row's best. Tiles come in ascending order and only a larger value replaces, so ties stay with the
-// lowest column; a comparison with NaN is false, so NaN is passed over. best_col -1: nothing but NaN so far.
+// Folds a tile into each row's best. Within a lane and over tiles columns ascend and only a larger value replaces, and
+// among lanes the lowest column wins: ties stay with the lowest. A comparison with NaN is false, so NaN is passed over,
+// in the data and in the tile's padding. best_col -1: nothing but NaN so far.
 TOKRED_CLONES void fold_best(const float* tile, int64_t rows, int64_t stride_row, int64_t cols, int64_t first_col,
                              float* best, int32_t* best_col) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* c = tile + i * stride_row;
     float lane[kLanes];
-    for (int l = 0; l < kLanes; ++l) lane[l] = -kInf;
-    int64_t j = 0;
-    for (; j + kLanes <= cols; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lane[l] = c[j + l] > lane[l] ? c[j + l] : lane[l];
+    int32_t at[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      lane[l] = -kInf;
+      at[l] = INT32_MAX;
     }
-    for (; j < cols; ++j) lane[0] = c[j] > lane[0] ? c[j] : lane[0];
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int l = 0; l < width; ++l) lane[l] = lane[l + width] > lane[l] ? lane[l + width] : lane[l];
+    for (int32_t j = 0; j < cols; j += kLanes) {  // the tile's rows are padded to kLanes
+#pragma GCC unroll 1
+      for (int l = 0; l < kLanes; ++l) {
+        const int32_t larger = -int32_t{c[j + l] > lane[l]};  // bits, not a branch: rows improve unpredictably
+        at[l] = (at[l] & ~larger) | ((j + l) & larger);
+        lane[l] = c[j + l] > lane[l] ? c[j + l] : lane[l];
+      }
     }
-    if (lane[0] > best[i] || best_col[i] < 0) {  // the second: -inf is a number, too
-      const int64_t found = find_first(c, cols, lane[0]);
-      if (found >= 0) {
-        best[i] = lane[0];
-        best_col[i] = static_cast<int32_t>(first_col + found);
+    float top[kLanes];
+    for (int l = 0; l < kLanes; ++l) top[l] = lane[l];
+    max_halves<kLanes / 2>(top);
+    if (top[0] > best[i]) {
+      int32_t found = INT32_MAX;
+#pragma GCC unroll 1
+      for (int l = 0; l < kLanes; ++l) {
+        const int32_t here = at[l] | (-int32_t{lane[l] < top[0]} & INT32_MAX);
+        found = here < found ? here : found;
+      }
+      best[i] = top[0];
+      best_col[i] = static_cast<int32_t>(first_col) + found;
+    } else if (best_col[i] < 0) {  // -inf is a number, too
+      for (int64_t j = 0; j < cols && best_col[i] < 0; ++j) {
+        if (c[j] == -kInf) best_col[i] = static_cast<int32_t>(first_col + j);
       }
     }
   }
@@ -123,14 +136,14 @@ void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, const B
   const int64_t num_dst = protect ? list_destinations(protect, sets, s.list.data()) : sets.candidate_dst();
   const int64_t rows = end - begin, step = 2 * a.stride_token;
   const T* first_dst = metric + (2 * sets.first_dst + 1) * a.stride_token;
-  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, a.normalize, a.eps,
-             s.src.data());
+  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, 0.f, a.normalize,
+             a.eps, s.src.data());
   std::fill_n(s.best.data(), rows, -kInf);
   std::fill_n(s.best_col.data(), rows, -1);
   for (int64_t col = 0; col < num_dst; col += tile.dst_rows) {
     const int64_t cols = std::min(tile.dst_rows, num_dst - col);
     pack_units(protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr, cols, a.dim,
-               tile.dst_rows, padded_depth, a.normalize, a.eps, s.dst.data());
+               tile.dst_rows, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
     gemm_nt(s.src.data(), s.dst.data(), s.similarity.data(), tile.src_rows, tile.dst_rows, padded_depth);
     fold_best(s.similarity.data(), rows, tile.dst_rows, cols, col, s.best.data(), s.best_col.data());
   }
@@ -139,7 +152,7 @@ void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, const B
     const int64_t col = all_nan ? 0 : s.best_col[i];
     const int64_t token = 2 * (begin + i), out = batch * a.num_tokens + token;
     a.match_idx[out] = 2 * (sets.first_dst + (protect ? int64_t{s.list[col]} : col)) + 1;
-    a.score[out] = protect && protect[token] ? -kInf : all_nan ? std::numeric_limits<float>::quiet_NaN() : s.best[i];
+    a.score[out] = protect && protect[token] ? -kInf : all_nan ? kNaN : s.best[i];
   }
 }
 
