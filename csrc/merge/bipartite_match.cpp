@@ -21,6 +21,10 @@ void run_cpu(BipartiteMatchArgs& args, const Tensor&) { bipartite_match_cpu(args
 [[maybe_unused]] void run_cuda(BipartiteMatchArgs& args, const Tensor& metric) {
 #if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
   const OnDevice device(metric);
+  const BipartiteMatchPolicy policy = choose_policy(args, reinterpret_cast<uint64_t>(args.metric));
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  Tensor partial = new_empty(metric, {policy.num_splits, args.batch_size, sets.candidate_src()}, ScalarType::Long);
+  args.partial = static_cast<uint64_t*>(partial.mutable_data_ptr());
   check_cuda("bipartite_match", bipartite_match_cuda(args, device.stream()));
 #endif
 }
@@ -73,6 +77,30 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& metric, int64_t r, const 
   run(args, metric);
   return {dst_idx, match_idx, score};
 }
+
+// Floor: metric read once, 20 bytes written per token; 2 * num_src * num_dst * dim flops per row (thrice that on tensor
+// cores for float32).
+Plan plan_bipartite_match(const PlanSizes& sizes) {
+  BipartiteMatchArgs a{};
+  a.batch_size = sizes["batch_size"];
+  a.num_tokens = sizes["num_tokens"];
+  a.dim = sizes["dim"];
+  a.num_protected = sizes.get("num_protected", 0);
+  a.stride_token = a.dim;
+  a.stride_batch = a.num_tokens * a.dim;
+  a.dtype = sizes.get("element_size", 2) == 4 ? DType::kF32 : DType::kBF16;
+  const BipartiteSets sets = bipartite_sets(a.num_tokens, a.num_protected);
+  const BipartiteMatchPolicy policy = choose_policy(a, 0);
+  Plan plan;
+  plan.launches.push_back({"bipartite_match_kernel", {policy.match_blocks, 1, 1}, 128, 75520});
+  plan.launches.push_back({"bipartite_number_kernel", {a.batch_size, 1, 1}, policy.number_threads, 1024});
+  plan.bytes = static_cast<double>(a.batch_size) * static_cast<double>(a.num_tokens) *
+               (static_cast<double>(a.dim) * static_cast<double>(element_size(a.dtype)) + 20);
+  plan.flops = 2.0 * static_cast<double>(a.batch_size) * static_cast<double>(sets.candidate_src()) *
+               static_cast<double>(sets.candidate_dst()) * static_cast<double>(a.dim);
+  return plan;
+}
+TOKRED_PLAN(bipartite_match, plan_bipartite_match)
 
 TOKRED_SCHEMA(m) {
   m.def(
