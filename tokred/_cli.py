@@ -40,13 +40,16 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("--markdown", action="store_true", help="as the page docs/methods.md")
 
 
 def _methods(arguments: argparse.Namespace) -> int:
     """List the published methods: paper, stage, basis, deviations."""
     from tokred import methods
 
+    if arguments.markdown:
+        print(methods.markdown(), end="")
+        return 0
     for entry in methods.registry():
         print(f"tokred.methods.{entry.name}  [{entry.stage}]  {entry.paper}")
         print(f"    rests on: {entry.basis}")
