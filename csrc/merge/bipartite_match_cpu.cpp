@@ -183,11 +183,14 @@ void number_rows(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
   const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens + 2 * sets.first_src : nullptr;
   const int64_t n = sets.candidate_src();
   for (int64_t i = 0; i < n; ++i) s.drop[i] = protect ? protect[2 * i] : 0;
-  make_keys(score, 2, nullptr, protect ? s.drop.data() : nullptr, n, a.r, s.topk);
-  // Protected sources share the lowest key and count as eligible: they go last, the lowest index first.
-  topk_ascending(n, a.r, /*eligible=*/n, s.picked.data(), s.topk);
+  const TopkRow<float> row{score, 2, nullptr, protect ? s.drop.data() : nullptr, n};
+  const int64_t picked = topk_ascending(row, a.r, s.picked.data(), s.topk);
   std::fill_n(s.merged.data(), sets.num_src, uint8_t{0});
-  for (int64_t i = 0; i < a.r; ++i) s.merged[sets.first_src + s.picked[i]] = 1;
+  for (int64_t i = 0; i < picked; ++i) s.merged[sets.first_src + s.picked[i]] = 1;
+  for (int64_t i = 0, left = a.r - picked; left > 0; ++i) {  // too few are unprotected: the others, lowest index first
+    left -= s.drop[i];
+    s.merged[sets.first_src + i] |= s.drop[i];
+  }
 
   const int64_t num_unmerged = sets.num_src - a.r;
   int64_t gone = 0;  // sources merged before this one
@@ -199,8 +202,8 @@ void number_rows(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
   if (a.order == MatchOrder::kScore) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {  // descending key, then ascending index
-      const uint32_t descending = 0x7fffffffu - static_cast<uint32_t>(s.topk.keys[i]);
-      s.ranked[count] = uint64_t{descending} << 32 | static_cast<uint64_t>(i);
+      const uint32_t key = s.drop[i] ? kKeyExcluded : score_key(score[2 * i]);
+      s.ranked[count] = uint64_t{~key} << 32 | static_cast<uint64_t>(i);
       count += !s.merged[sets.first_src + i];
     }
     std::sort(s.ranked.data(), s.ranked.data() + count);
