@@ -62,7 +62,7 @@ struct Scratch {
   int64_t visible[kMaxTileRows];  // keys seen, from the first
 };
 
-// Part of a panel: rows of logits, of which row r has its first seen(r) columns.
+// The logits of a tile's rows for the keys of a panel, of which row r sees the first seen_keys(r).
 struct PanelView {
   float* data;
   int64_t keys;  // also the stride
@@ -73,76 +73,71 @@ TOKRED_INLINE int64_t seen_keys(const PanelView& p, int64_t r) {
   const int64_t count = p.visible[r] - p.first_key;
   return count < 0 ? 0 : count < p.keys ? count : p.keys;
 }
+// A row's last elements, filled up to kLanes with -inf.
+TOKRED_INLINE void load_tail(const float* row, int64_t count, float (&tail)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) tail[i] = -kInf;
+  for (int64_t i = 0; i < count; ++i) tail[i] = row[i];
+}
 
 // Raises offset to the maximum of each row; NaN is ignored here and met again in the sum.
 TOKRED_CLONES void raise_offsets(const PanelView& panel, float* offset) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t count = seen_keys(panel, r);
     const float* row = panel.data + r * panel.keys;
-    const Float16 none = broadcast(-kInf);
-    Float16 m0 = none, m1 = none;
+    float lanes[kLanes], tail[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = offset[r];
     int64_t c = 0;
-    for (; c + 32 <= count; c += 32) {
-      m0 = vector_max(load_vector(row + c), m0);
-      m1 = vector_max(load_vector(row + c + 16), m1);
+    for (; c + kLanes <= count; c += kLanes) {
+      for (int i = 0; i < kLanes; ++i) lanes[i] = row[c + i] > lanes[i] ? row[c + i] : lanes[i];
     }
-    for (; c < count; c += 16) {
-      m0 = vector_max(lane_numbers() < static_cast<int32_t>(count - c) ? load_vector(row + c) : none, m0);
-    }
-    const float highest = lane_max(vector_max(m1, m0));
-    offset[r] = highest > offset[r] ? highest : offset[r];
+    load_tail(row + c, count - c, tail);
+    for (int i = 0; i < kLanes; ++i) lanes[i] = tail[i] > lanes[i] ? tail[i] : lanes[i];
+    offset[r] = max_lanes(lanes);
   }
 }
 
-// Logits become 2^(logit - offset), 0 where a key is not seen; their sum is added to sum.
+// Logits of keys seen become 2^(logit - offset); their sum is added to sum.
 TOKRED_CLONES void exponentiate(const PanelView& panel, const float* offset, float* sum) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t count = seen_keys(panel, r);
     float* row = panel.data + r * panel.keys;
     // A row of -inf has offset -inf: with 0 in its place the exponentials are 0, not NaN.
-    const Float16 minus = broadcast(offset[r] == -kInf ? 0.f : -offset[r]);
-    Float16 s0{}, s1{};
+    const float minus = offset[r] == -kInf ? 0.f : offset[r];
+    float lanes[kLanes] = {}, tail[kLanes];
     int64_t c = 0;
-    for (; c + 32 <= count; c += 32) {
-      const Float16 e0 = vector_exp2(load_vector(row + c) + minus);
-      const Float16 e1 = vector_exp2(load_vector(row + c + 16) + minus);
-      store_vector(row + c, e0);
-      store_vector(row + c + 16, e1);
-      s0 += e0;
-      s1 += e1;
+    for (; c + kLanes <= count; c += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float e = poly_exp2(row[c + i] - minus);
+        row[c + i] = e;
+        lanes[i] += e;
+      }
     }
-    for (; c < count; c += 16) {
-      const Float16 all = vector_exp2(load_vector(row + c) + minus);
-      const Float16 e = lane_numbers() < static_cast<int32_t>(count - c) ? all : Float16{};
-      store_vector(row + c, e);
-      s0 += e;
+    load_tail(row + c, count - c, tail);
+    for (int i = 0; i < kLanes; ++i) {
+      tail[i] = poly_exp2(tail[i] - minus);
+      // Beyond the tail: 0, or NaN if the offset is; the row's other terms are NaN then, too.
+      lanes[i] += tail[i];
     }
-    for (; c < panel.keys; c += 16) store_vector(row + c, Float16{});
-    sum[r] += lane_sum(s0 + s1);
+    for (int64_t i = 0; c + i < count; ++i) row[c + i] = tail[i];
+    sum[r] += sum_lanes(lanes);
   }
 }
 
-template <bool kMax, int kVectors>
-TOKRED_INLINE void add_columns_block(const float* e, int64_t stride, int64_t rows, const float* factor, float* columns) {
-  Float16 acc[kVectors];
-  for (int i = 0; i < kVectors; ++i) acc[i] = kMax ? load_vector(columns + 16 * i) : Float16{};
-  for (int64_t r = 0; r < rows; ++r) {
-    const Float16 f = broadcast(factor[r]);
-    for (int i = 0; i < kVectors; ++i) {
-      const Float16 p = load_vector(e + r * stride + 16 * i);
-      acc[i] = kMax ? vector_max_nan(acc[i], p * f) : acc[i] + p * f;
+// columns[c] += factor * e, or the maximum of both (NaN if either is), over the rows and the keys each sees; e is the
+// panel or, when kExp, 2^(panel - offset).
+template <bool kMax, bool kExp>
+TOKRED_CLONES void add_columns(const PanelView& panel, int64_t first_row, int64_t last_row, const float* offset,
+                               const float* factor, float* __restrict columns) {
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const int64_t count = seen_keys(panel, r);
+    const float* __restrict row = panel.data + r * panel.keys;
+    const float f = factor[r], minus = offset[r];
+    for (int64_t c = 0; c < count; ++c) {
+      const float p = f * (kExp ? poly_exp2(row[c] - minus) : row[c]);
+      const float greater = p > columns[c] ? p : columns[c];
+      columns[c] = kMax ? (p == p ? greater : p) : columns[c] + p;
     }
   }
-  for (int i = 0; i < kVectors; ++i) {
-    store_vector(columns + 16 * i, kMax ? acc[i] : load_vector(columns + 16 * i) + acc[i]);
-  }
-}
-// columns[c] += the sum over rows of factor * e, or becomes the maximum of both.
-template <bool kMax>
-TOKRED_CLONES void add_columns(const float* e, int64_t keys, int64_t rows, const float* factor, float* columns) {
-  int64_t c = 0;
-  for (; c + 128 <= keys; c += 128) add_columns_block<kMax, 8>(e + c, keys, rows, factor, columns + c);
-  for (; c < keys; c += 16) add_columns_block<kMax, 1>(e + c, keys, rows, factor, columns + c);
 }
 
 // out := part 0, then part 1 and so on added to it, or their maximum.
@@ -248,20 +243,13 @@ class Task {
     }
   }
 
-  // A factor of NaN or infinity times the zeros of unseen keys would reach those: it is multiplied into the keys seen.
   void add_panel(int64_t p) {
-    const PanelView view = panel(p);
-    float factor[kMaxTileRows];
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      factor[r] = s_.factor[r];
-      if (std::isfinite(factor[r])) continue;
-      for (int64_t c = 0; c < seen_keys(view, r); ++c) view.data[r * view.keys + c] *= factor[r];
-      factor[r] = 1.f;
-    }
-    for (int64_t r = 0; r < num_rows_; r += run_of_head(r)) {
-      float* columns = columns_ + (head(r) - kv_head_ * a_.group()) * t_.padded_keys() + view.first_key;
-      const auto add = a_.max_reduce ? add_columns<true> : add_columns<false>;
-      add(view.data + r * view.keys, view.keys, run_of_head(r), factor + r, columns);
+    const auto add = a_.max_reduce ? (t_.resident ? add_columns<true, false> : add_columns<true, true>)
+                                   : (t_.resident ? add_columns<false, false> : add_columns<false, true>);
+    for (int64_t r = 0, run; r < num_rows_; r += run) {
+      run = run_of_head(r);
+      float* columns = columns_ + (head(r) - kv_head_ * a_.group()) * t_.padded_keys() + p * t_.panel_keys;
+      add(panel(p), r, r + run, s_.offset, s_.factor, columns);
     }
   }
 
@@ -270,10 +258,7 @@ class Task {
     if (!a_.lse_in) sum_rows();
     finish_rows();
     for (int64_t p = 0; p < num_seen_; ++p) {
-      if (!t_.resident) {
-        multiply(p);
-        exponentiate(panel(p), s_.offset, s_.sum);
-      }
+      if (!t_.resident) multiply(p);
       add_panel(p);
     }
   }
