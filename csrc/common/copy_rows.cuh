@@ -87,7 +87,7 @@ CopyPlan<kMaxTensors> plan_copy(const RowTensor* tensors, int num_tensors, int64
   return plan;
 }
 
-// Copies chunk number chunk_idx of the plan.
+// Copies chunk number chunk_idx of the plan. source(tensor, batch, head, slot) is as in gather_rows.
 template <int kMaxTensors, typename Source>
 __device__ inline void copy_chunk(const CopyPlan<kMaxTensors>& plan, const RowTensor* tensors, int64_t batch_size,
                                   int64_t slots, int64_t chunk_idx, const Source& source) {
@@ -97,7 +97,9 @@ __device__ inline void copy_chunk(const CopyPlan<kMaxTensors>& plan, const RowTe
   const int64_t units = batch_size * tensor.num_heads * slots * (tensor.row_bytes / plan.width[t]);
   const int64_t first = (chunk_idx - plan.first_chunk[t]) * kCopyChunk;
   const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
-  copy_range(tensor, plan.width[t], slots, first, last, source);
+  copy_range(tensor, plan.width[t], slots, first, last, [&](int64_t batch, int64_t head, int64_t slot) -> int64_t {
+    return source(t, batch, head, slot);
+  });
 }
 
 }  // namespace tokred

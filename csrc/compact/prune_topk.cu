@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_merge_kernel(
 __global__ void __launch_bounds__(kCopyThreads) prune_topk_copy_kernel(
     const PruneTopkArgs args, const CopyPlan<kPruneTopkMaxTensors> plan) {
   copy_chunk(plan, args.tensors, args.batch_size, args.k, blockIdx.x,
-             [&](int64_t batch, int64_t, int64_t slot) -> int64_t {
+             [&](int, int64_t batch, int64_t, int64_t slot) -> int64_t {
                const int64_t token = args.kept_idx[batch * args.k + slot];
                return token < 0 ? -1 : token + prune_topk_row(args, batch).begin;
              });

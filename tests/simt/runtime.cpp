@@ -9,6 +9,7 @@
 #endif
 
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -139,11 +140,13 @@ __attribute__((format(printf, 1, 2))) std::string text_of(const char* format, ..
   return text;
 }
 
+std::string line_of_caller(void* pc);
+
 void set_failed(Worker& w, const std::string& what, void* pc) {
   w.failed = true;
   w.message = what + text_of(" [block (%u,%u,%u)", w.block_idx.x, w.block_idx.y, w.block_idx.z);
   if (w.current) w.message += ", " + place_of(*w.current);
-  if (pc) w.message += ", at " + line_of(pc);
+  if (pc) w.message += ", at " + line_of_caller(pc);
   w.message += "]";
 }
 
@@ -214,7 +217,7 @@ void prepare_memory(Worker& w) {
     if (w.stacks) munmap(w.stacks, w.num_stacks * kStackBytes);
     w.num_stacks = w.num_threads;
     w.stacks = static_cast<unsigned char*>(map_memory(w.num_stacks * kStackBytes));
-    for (size_t i = 0; i < w.num_stacks; ++i) mprotect(w.stacks + i * kStackBytes, kPage, PROT_NONE);
+    for (size_t i = 0; i < w.num_stacks; ++i) mprotect(w.stacks + i * kStackBytes, kGuardBytes, PROT_NONE);
   }
 }
 
@@ -258,7 +261,7 @@ std::mutex action_mutex;
          w.fault_pc);
   }
   if (at >= stacks && at < stacks + w.num_stacks * kStackBytes) {
-    stop(w, text_of("a thread's local memory is larger than %zu bytes", kStackBytes - kPage), w.fault_pc);
+    stop(w, text_of("a thread's local memory is larger than %zu bytes", kStackBytes - kGuardBytes), w.fault_pc);
   }
   stop(w, text_of("access to the invalid address %#zx", static_cast<size_t>(at)), w.fault_pc);
 }
@@ -376,7 +379,7 @@ void run_block(Worker& w, uint64_t linear, const dim3& grid) {
     fiber.waits_for = nullptr;
     fiber.copies.clear();
     fiber.group = 0;
-    prepare_stack(fiber, w.stacks + t * kStackBytes + kPage, kStackBytes - kPage, &fiber_main);
+    prepare_stack(fiber, w.stacks + t * kStackBytes + kGuardBytes, kStackBytes - kGuardBytes, &fiber_main);
     order[t] = t;
   }
   shuffle(w, order);
@@ -480,6 +483,7 @@ int error_of(int error, const GridAt& grid, const std::string& what) {
   const char* slash = std::strrchr(grid.file, '/');
   last_error = text_of("simt: %s: kernel launched at line %d: ", slash ? slash + 1 : grid.file, grid.line) + what +
                text_of(" (TOKRED_SIMT_SEED=%u)", seed());
+  std::fprintf(stderr, "%s\n", last_error.c_str());  // also for those who look at the number only
   return error;
 }
 
@@ -542,32 +546,69 @@ std::string place_of(const Fiber& fiber) {
   return text_of("thread (%u,%u,%u)", fiber.thread_idx.x, fiber.thread_idx.y, fiber.thread_idx.z);
 }
 
+namespace {
+
+// "kernel.cu:12 < caller.cu:34", innermost first, without the emulator's own frames; empty if there are no others, or no
+// debug information.
+std::string kernel_lines_of(const Dl_info& info, uintptr_t offset) {
+  const char* wanted = std::getenv("TOKRED_SIMT_ADDR2LINE");
+  if (wanted && std::strcmp(wanted, "0") == 0) return "";
+  const std::string command = text_of("addr2line -i -e '%s' %#zx 2>/dev/null", info.dli_fname, offset);
+  FILE* pipe = popen(command.c_str(), "r");
+  if (!pipe) return "";
+  std::string lines;
+  char line[1024];
+  int frames = 0;
+  while (std::fgets(line, sizeof(line), pipe)) {
+    std::string text(line);
+    text = text.substr(0, text.find_first_of(" \n"));
+    const bool emulator = text.find("simt/include/") != std::string::npos ||
+                          text.find("simt/runtime.") != std::string::npos || text.find("simt/race.") != std::string::npos;
+    if (emulator || text.compare(0, 2, "??") == 0 || frames == 3) continue;
+    const size_t slash = text.rfind('/');
+    lines += (frames++ ? " < " : "") + (slash == std::string::npos ? text : text.substr(slash + 1));
+  }
+  pclose(pipe);
+  return lines;
+}
+
+bool find_object(void* pc, Dl_info& info, uintptr_t& offset) {
+  if (!pc || !dladdr(pc, &info) || !info.dli_fname) return false;
+  offset = reinterpret_cast<uintptr_t>(pc) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);  // pc is behind the call
+  return true;
+}
+
+}  // namespace
+
 std::string line_of(void* pc) {
   Dl_info info;
-  if (!pc || !dladdr(pc, &info) || !info.dli_fname) return "?";
-  // The address is that behind a call. Inlined frames, innermost first, without those of the emulator itself.
-  const auto offset = reinterpret_cast<uintptr_t>(pc) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
-  std::string lines;
-  const char* wanted = std::getenv("TOKRED_SIMT_ADDR2LINE");
-  if (!wanted || std::strcmp(wanted, "0") != 0) {
-    const std::string command = text_of("addr2line -i -e '%s' %#zx 2>/dev/null", info.dli_fname, offset);
-    if (FILE* pipe = popen(command.c_str(), "r")) {
-      char line[1024];
-      int frames = 0;
-      while (std::fgets(line, sizeof(line), pipe) && frames < 3) {
-        std::string text(line);
-        text = text.substr(0, text.find_first_of(" \n"));
-        if (text.find("/simt/include/") != std::string::npos || text.compare(0, 2, "??") == 0) continue;
-        const size_t slash = text.rfind('/');
-        lines += (frames++ ? " < " : "") + (slash == std::string::npos ? text : text.substr(slash + 1));
-      }
-      pclose(pipe);
-    }
-  }
+  uintptr_t offset;
+  if (!find_object(pc, info, offset)) return "?";
+  const std::string lines = kernel_lines_of(info, offset);
   if (!lines.empty()) return lines;
   const char* slash = std::strrchr(info.dli_fname, '/');
   return text_of("%s+%#zx", slash ? slash + 1 : info.dli_fname, offset);
 }
+
+namespace {
+// The nearest frame of the calling fiber that is the kernel's.
+std::string line_of_caller(void* pc) {
+  Dl_info info;
+  uintptr_t offset;
+  if (find_object(pc, info, offset)) {
+    const std::string lines = kernel_lines_of(info, offset);
+    if (!lines.empty()) return lines;
+  }
+  void* frames[24];
+  const int count = backtrace(frames, 24);
+  for (int i = 0; i < count; ++i) {
+    if (!find_object(frames[i], info, offset)) continue;
+    const std::string lines = kernel_lines_of(info, offset);
+    if (!lines.empty()) return lines;
+  }
+  return line_of(pc);
+}
+}  // namespace
 
 void fail(const char* format, ...) {
   va_list list;

@@ -90,7 +90,8 @@ struct Worker : BlockView {
 };
 
 extern thread_local Worker* worker __attribute__((tls_model("initial-exec")));
-constexpr size_t kStackBytes = 256 << 10;  // with its guard page; only what is touched is ever backed by memory
+constexpr size_t kStackBytes = 256 << 10;  // with its guard; only what is touched is ever backed by memory
+constexpr size_t kGuardBytes = 64 << 10;   // more than a frame, or a large one would step over it
 constexpr size_t kArenaBytes = 99 << 10;   // the largest block of compute capabilities 8.6 and 8.9
 constexpr size_t kPage = 4096;
 
