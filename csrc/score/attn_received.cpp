@@ -47,6 +47,7 @@ AttnReceivedArgs check(const Tensor& q, const Tensor& k, const OptTensor& lse, c
   check_last_dim("attn_received", "k", k);
   check_int32_range("attn_received", "q_len", q.size(2));
   check_int32_range("attn_received", "kv_len", k.size(2));
+  if (k.size(1) > 0) check_int32_range("attn_received", "q_len times heads per group", q.size(2) * (q.size(1) / k.size(1)));
   TOKRED_CHECK(reduce == "sum" || reduce == "max", "attn_received: expected reduce to be \"sum\" or \"max\", got \"",
                reduce, "\"");
   a.scale = static_cast<float>(scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3))));
