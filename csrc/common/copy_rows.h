@@ -23,7 +23,7 @@ struct RowTensor {
 };
 
 // Bytes up to 16 that divide every address and stride of t: the widest copy it allows. 1 at least.
-inline int copy_width(const RowTensor& t) {
+TOKRED_HOST_DEVICE int copy_width(const RowTensor& t) {
   uint64_t all = reinterpret_cast<uint64_t>(t.src) | reinterpret_cast<uint64_t>(t.dst) | uint64_t(t.row_bytes) |
                  uint64_t(t.src_batch) | uint64_t(t.src_head) | uint64_t(t.src_token) | 16;
   return static_cast<int>(all & (~all + 1));

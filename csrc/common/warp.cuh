@@ -117,7 +117,7 @@ template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
 
 template <typename To, typename From>
-__host__ __device__ inline To bits_as(const From& from) {
+__host__ __device__ inline To bits_as(From from) {  // by value: memcpy from memory would be one load per byte
   static_assert(sizeof(To) == sizeof(From), "same size");
   To to;
   memcpy(static_cast<void*>(&to), &from, sizeof(To));

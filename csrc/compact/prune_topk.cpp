@@ -102,6 +102,7 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   call.args.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
   call.args.kept_idx = static_cast<int64_t*>(call.kept_idx.mutable_data_ptr());
   call.args.num_kept = nullptr;
+  call.args.workspace = nullptr;
   call.args.batch_size = batch_size;
   call.args.num_tokens = num_tokens;
   call.args.max_seqlen = packed ? max_seqlen : num_tokens;
@@ -117,7 +118,13 @@ void run_cpu(const PruneTopkArgs& args, const Tensor&) { prune_topk_cpu(args); }
 [[maybe_unused]] void run_cuda(const PruneTopkArgs& args, const Tensor& x) {
 #if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
   const OnDevice device(x);
-  check_cuda("prune_topk", prune_topk_cuda(args, device.stream()));
+  PruneTopkArgs with_workspace = args;
+  const PruneTopkPolicy policy =
+      choose_policy(args.max_seqlen, args.k, args.keep_mask != nullptr, args.cu_seqlens != nullptr);
+  Tensor workspace = new_empty(
+      x, {policy.num_chunks > 1 ? 2 * args.batch_size * policy.num_chunks * policy.chunk_slots : 0}, ScalarType::Int);
+  with_workspace.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
+  check_cuda("prune_topk", prune_topk_cuda(with_workspace, device.stream()));
 #endif
 }
 
@@ -140,6 +147,21 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(
   run(call.args, x);
   return {call.kept[0], call.kept_idx, num_kept, {call.kept.begin() + 1, call.kept.end()}};
 }
+
+// Sizes: batch_size, num_tokens, dim, k, element_size.
+Plan plan_prune_topk(const PlanSizes& sizes) {
+  const int64_t batch_size = sizes["batch_size"], num_tokens = sizes["num_tokens"], k = sizes["k"];
+  const int64_t row_bytes = sizes["dim"] * sizes["element_size"];
+  const PruneTopkPolicy policy = choose_policy(num_tokens, k, false, false);
+  Plan plan;
+  if (policy.num_chunks > 1) plan.launches.push_back({"chunk", {batch_size * policy.num_chunks}, policy.threads, 0});
+  const int64_t copies = policy.fused ? prune_topk_splits(batch_size, k, row_bytes) : 1;
+  plan.launches.push_back({policy.fused ? "select_and_copy" : "select", {batch_size * copies}, policy.threads, 0});
+  if (!policy.fused) plan.launches.push_back({"copy", {ceil_div<int64_t>(batch_size * k * row_bytes, 16384)}, 256, 0});
+  plan.bytes = double(batch_size) * (double(num_tokens) * 4 + 2.0 * double(k) * double(row_bytes) + double(k) * 8);
+  return plan;
+}
+TOKRED_PLAN(prune_topk, plan_prune_topk)
 
 TOKRED_SCHEMA(m) {
   m.def(

@@ -135,13 +135,7 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarTy
 
 }  // namespace tokred
 
-#if defined(TOKRED_SIMT)
-
-namespace tokred {
-OnDevice::OnDevice(const Tensor&) {}
-}  // namespace tokred
-
-#elif !defined(TOKRED_WITH_CUDA)
+#if !defined(TOKRED_SIMT) && !defined(TOKRED_WITH_CUDA)
 
 namespace tokred {
 OnDevice::OnDevice(const Tensor&) { TOKRED_CHECK(false, "tokred: this build has no CUDA kernels"); }
@@ -155,6 +149,9 @@ void check_cuda(const char* op, int error) { TOKRED_CHECK(error == 0, op, ": CUD
 
 namespace tokred {
 
+#if defined(TOKRED_SIMT)
+OnDevice::OnDevice(const Tensor&) {}
+#else
 OnDevice::OnDevice(const Tensor& x)
     : guard_(std::make_unique<torch::stable::accelerator::DeviceGuard>(x.get_device_index())) {
   // Looked up in the library that torch has already loaded: linking against it would tie the build to CUDA torch.
@@ -168,6 +165,7 @@ OnDevice::OnDevice(const Tensor& x)
   TOKRED_CHECK(get_stream(x.get_device_index(), &stream) == 0, "tokred: no current CUDA stream");
   stream_ = static_cast<CUstream_st*>(stream);
 }
+#endif
 
 void check_cuda(const char* op, int error) {
   TOKRED_CHECK(error == 0, op, ": CUDA error ", error, " (", cudaGetErrorString(static_cast<cudaError_t>(error)),

@@ -2,4 +2,5 @@
 # Copyright (c) 2026 The tokred authors
 """Shorter sequences: pruned, gathered, packed."""
 
+from tokred.compact.gather_tokens import gather_tokens as gather_tokens
 from tokred.compact.prune_topk import prune_topk as prune_topk

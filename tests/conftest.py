@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""Devices: cpu, cuda where there is one; simt when the emulator's library is loaded (TOKRED_LIBRARY), whose CUDA path
+runs on CPU tensors. A test takes `device` and runs on each."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tokred import _ext
+
+SIMT = "simt" in _ext.LIBRARY.name
+if SIMT:
+    DEVICES = [pytest.param("cpu", id="simt")]
+else:
+    DEVICES = [pytest.param("cpu", id="cpu")]
+    if torch.cuda.is_available():
+        DEVICES.append(pytest.param("cuda", id="cuda"))
+    elif os.environ.get("TOKRED_REQUIRE_CUDA") == "1":  # on a machine with a GPU a skipped CUDA test is a failure
+        raise RuntimeError("TOKRED_REQUIRE_CUDA=1, but torch sees no CUDA device")
+
+settings.register_profile("tokred", max_examples=10 if SIMT else 40, deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("tokred")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def simt():
+    """Whether this process runs the emulator: cap sizes."""
+    return SIMT
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Call f under 1, 2 and 4 threads and return the results."""
+
+    def run(f):
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 4):
+                torch.set_num_threads(count)
+                results.append(f())
+        finally:
+            torch.set_num_threads(before)
+        return results
+
+    return run
