@@ -15,7 +15,8 @@ constexpr const char* kOp = "attend_selected";
 void check_heads(const char* name, const Tensor& x, const AttendSelectedArgs& a) {
   const int64_t heads = x.size(1);
   TOKRED_CHECK(heads == a.num_q_heads || heads == a.num_kv_heads || heads == 1, "attend_selected: expected ", name,
-               " with ", a.num_q_heads, " (query heads), ", a.num_kv_heads, " (kv heads) or 1 heads, got ", shape_of(x));
+               " with ", a.num_q_heads, " (query heads), ", a.num_kv_heads, " (kv heads) or 1 heads, got ",
+               shape_of(x));
 }
 
 // Sets k, v, kv_len, pages and kv heads of a.
@@ -39,7 +40,7 @@ void check_kv(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
                "attend_selected: expected num_q_heads to be a multiple of num_kv_heads, got ", a.num_q_heads, " and ",
                a.num_kv_heads);
   for (auto [x, kv] : {std::pair(&k, &a.k), std::pair(&v, &a.v)}) {
-    *kv = KvTensor{x->const_data_ptr(), x->size(3), paged ? 0 : x->stride(0), x->stride(head_axis),
+    *kv = KvTensor{x->const_data_ptr(),      x->size(3),           paged ? 0 : x->stride(0), x->stride(head_axis),
                    paged ? x->stride(0) : 0, x->stride(token_axis)};
   }
   a.page_shift = kDensePageShift;
@@ -186,9 +187,11 @@ Plan plan_attend_selected(const PlanSizes& s) {
   const AttendSelectedPolicy p = choose_policy(a);
   const int64_t batch = s["batch_size"], rows = batch * a.num_q_heads * a.q_len, bytes = s["element_size"];
   Plan plan;
-  plan.launches.push_back({"attend_selected_kernel", {batch * p.units * p.m_tiles * p.num_splits, 1, 1},
-                           attend_selected_warps(p.tile_dim) * 32, 0});
-  if (p.num_splits > 1) plan.launches.push_back({"attend_selected_combine_kernel", {rows, 1, 1}, 128, 0});
+  plan.launches.push_back({"attend_selected_kernel",
+                           {batch * p.units * p.m_tiles * p.num_splits, 1, 1},
+                           attend_selected_warps(p.tile_dim) * 32,
+                           0});
+  if (p.num_splits > 1) plan.launches.push_back({"attend_selected_merge_kernel", {rows, 1, 1}, 128, 0});
   const double dims = double(a.k.dim + a.v.dim) * bytes;
   plan.bytes = double(batch) * a.num_listed * (p.units * dims + a.list_heads * 8.0) + double(rows) * (dims + 4);
   plan.flops = 2.0 * rows * a.num_listed * (a.k.dim + a.v.dim);

@@ -6,8 +6,8 @@
 namespace tokred {
 
 // One launch of K or V, dense or paged: row (batch, kv head, slot) starts at
-// data + batch * stride_batch + kv_head * stride_head + (slot >> page_shift) * stride_page + (slot & mask) * stride_token.
-// Dense storage is one page of 2^31 tokens per batch entry; pages belong to no batch entry.
+// data + batch * stride_batch + kv_head * stride_head + (slot >> page_shift) * stride_page + (slot & mask) *
+// stride_token. Dense storage is one page of 2^31 tokens per batch entry; pages belong to no batch entry.
 struct KvTensor {
   const void* data = nullptr;  // [batch_size, num_kv_heads, kv_len, dim] or [num_pages, page_size, num_kv_heads, dim]
   int64_t dim = 0;
@@ -25,7 +25,7 @@ struct KvTensor {
 constexpr int kDensePageShift = 31;
 
 struct AttendSelectedArgs {
-  const void* q;              // [batch_size, num_q_heads, q_len, k.dim], last dim contiguous
+  const void* q;  // [batch_size, num_q_heads, q_len, k.dim], last dim contiguous
   KvTensor k, v;
   IndexPtr kept_idx;          // [batch_size, list_heads, num_listed], contiguous, logical positions
   const int32_t* page_table;  // [batch_size, max_pages]; null: dense
@@ -35,25 +35,25 @@ struct AttendSelectedArgs {
   float* lse;                 // [batch_size, num_q_heads, q_len], contiguous
   float* partial;             // CUDA: [batch_size * num_q_heads * q_len, num_splits, v.dim + 2]; null for one split
   int64_t batch_size, num_q_heads, num_kv_heads, q_len;
-  int64_t kv_len;             // positions that a list may name: max_pages * page_size when paged
+  int64_t kv_len;                  // positions that a list may name: max_pages * page_size when paged
   int64_t list_heads, bias_heads;  // num_q_heads, num_kv_heads or 1
   int64_t num_listed;
   int64_t num_pages, max_pages;
-  int64_t q_batch, q_head, q_token;           // strides in elements
+  int64_t q_batch, q_head, q_token;  // strides in elements
   int64_t out_batch, out_head, out_token;
   int64_t bias_batch, bias_head;
-  int page_shift;             // log2(page_size), kDensePageShift when dense
+  int page_shift;  // log2(page_size), kDensePageShift when dense
   float scale;
-  DType dtype;                // of q, k, v and out
+  DType dtype;  // of q, k, v and out
 };
 
 // What the CUDA path may tune. All of it follows from the shapes of one batch entry, so that a row's bits do not depend
 // on the rest of the batch.
 struct AttendSelectedPolicy {
-  int tile_dim;      // head dims are padded to this in registers and shared memory
-  int64_t m_tiles;   // tiles of 16 query rows per list
-  int64_t units;     // lists to walk per batch entry: kv heads, or query heads where each has its own list
-  int64_t split;     // list entries of one block
+  int tile_dim;     // head dims are padded to this in registers and shared memory
+  int64_t m_tiles;  // tiles of 16 query rows per list
+  int64_t units;    // lists to walk per batch entry: kv heads, or query heads where each has its own list
+  int64_t split;    // list entries of one block
   int64_t num_splits;
 };
 
@@ -86,7 +86,8 @@ constexpr AttendSelectedPolicy choose_policy(const AttendSelectedArgs& a) {
 }
 
 // The slot of the i-th entry of a list, -1 where the entry names nothing. limit: positions of this batch entry.
-TOKRED_HOST_DEVICE int32_t attend_slot(const AttendSelectedArgs& a, int64_t batch_idx, int64_t position, int64_t limit) {
+TOKRED_HOST_DEVICE int32_t attend_slot(const AttendSelectedArgs& a, int64_t batch_idx, int64_t position,
+                                       int64_t limit) {
   if (position < 0 || position >= limit) return -1;
   if (!a.page_table) return static_cast<int32_t>(position);
   const int64_t page = a.page_table[batch_idx * a.max_pages + (position >> a.page_shift)];

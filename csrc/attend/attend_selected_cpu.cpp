@@ -13,9 +13,9 @@
 namespace tokred {
 namespace {
 
-constexpr int64_t kSplit = 512;      // list entries of a task; fixed, so that bits depend on nothing else
-constexpr int64_t kKeyBlock = 16;    // rows that stay in the first-level cache while all query rows use them
-constexpr int64_t kMaxRows = 64;     // query rows at a time; bounds the scratch
+constexpr int64_t kSplit = 512;    // list entries of a task; fixed, so that bits depend on nothing else
+constexpr int64_t kKeyBlock = 16;  // rows that stay in the first-level cache while all query rows use them
+constexpr int64_t kMaxRows = 64;   // query rows at a time; bounds the scratch
 constexpr int64_t kRowBlock = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -148,8 +148,8 @@ TOKRED_CLONES void add_values(const T* v, const int64_t* offset, int64_t begin, 
   }
 }
 
-// score[0, count) becomes e^(score - max); count is a multiple of 16. Returns the sum in *sum and the max, which ignores
-// NaN and is -inf where there is no number above it.
+// score[0, count) becomes e^(score - max); count is a multiple of 16. Returns the sum in *sum and the max, which
+// ignores NaN and is -inf where there is no number above it.
 TOKRED_CLONES float softmax_numerators(float* score, int64_t count, float* sum) {
   Vec16 max = Vec16{} - kInf;
   for (int64_t i = 0; i < count; i += kVecLanes) {

@@ -57,7 +57,8 @@ TOKRED_INLINE void load_part(const T* p, int64_t count, Vec16& lanes) {
   load16(part, lanes);
 }
 
-// x = e^x, relative error below 2 ulp; 0 below -87.3 (where float32 turns subnormal) and for -inf, inf above 88.7, NaN for NaN.
+// x = e^x, relative error below 2 ulp; 0 below -87.3 (where float32 turns subnormal) and for -inf, inf above 88.7, NaN
+// for NaN.
 TOKRED_INLINE void exp16(Vec16& x) {
   const Vec16 t = x * 1.44269504088896341f;
   // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.

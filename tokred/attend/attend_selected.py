@@ -72,14 +72,18 @@ def attend_selected(
         result, lse = op.default(q, k, v, kept_idx, page_table, kv_lens, key_bias, scale)
         return (result, lse) if return_lse else result
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, key_bias, *out)):
-        raise RuntimeError("attend_selected: out= does not support automatic differentiation, but an argument requires grad")
+        raise RuntimeError(
+            "attend_selected: out= does not support automatic differentiation, but an argument requires grad"
+        )
     op.out(q, k, v, kept_idx, page_table, kv_lens, key_bias, scale, out=out[0], lse=out[1])
     return out if return_lse else out[0]
 
 
 def _dense(x: Tensor, page_table: Tensor, valid: Tensor) -> Tensor:
     """Lay pages out as [batch_size, num_kv_heads, max_pages * page_size, dim]; entries of no page are zeros."""
-    pages = x[page_table.long().clamp(0, x.shape[0] - 1)] if x.shape[0] else x.new_zeros((*page_table.shape, *x.shape[1:]))
+    pages = (
+        x[page_table.long().clamp(0, x.shape[0] - 1)] if x.shape[0] else x.new_zeros((*page_table.shape, *x.shape[1:]))
+    )
     tokens = pages.flatten(1, 2).transpose(1, 2)
     return torch.where(valid[:, None, :, None], tokens, torch.zeros_like(tokens))
 
@@ -156,6 +160,11 @@ def _(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    for x in (k, v, kept_idx, page_table, kv_lens, key_bias):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(
+                f"attend_selected: expected every tensor on the device of q ({q.device}), got {x.device}"
+            )
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -182,7 +191,7 @@ _op.autocast("attend_selected", 3)
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Fold the mapped dimension into the batch; pages have no batch, so paged k and v stay as they are."""
-    paged = args[4] is not None
+    paged = len(args) > 4 and args[4] is not None  # arguments at their defaults may be left out
     if paged and (in_dims[1] is not None or in_dims[2] is not None):
         raise RuntimeError("attend_selected: paged k and v have no batch dimension and cannot be mapped by vmap")
     folded = []
