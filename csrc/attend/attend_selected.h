@@ -68,6 +68,13 @@ TOKRED_HOST_DEVICE constexpr int64_t attend_group(const AttendSelectedArgs& a) {
   return a.list_heads == a.num_q_heads ? 1 : a.num_q_heads / a.num_kv_heads;
 }
 
+// Bias rows that a tile of query rows needs: one per head it may hold, or one for all.
+constexpr int attend_bias_rows(const AttendSelectedArgs& a) {
+  if (!a.key_bias) return 0;
+  const int64_t heads = a.bias_heads == a.num_q_heads ? attend_group(a) : 1;
+  return static_cast<int>(heads < kAttendTileRows ? heads : kAttendTileRows);
+}
+
 constexpr AttendSelectedPolicy choose_policy(const AttendSelectedArgs& a) {
   AttendSelectedPolicy p{};
   const int64_t dim = a.k.dim > a.v.dim ? a.k.dim : a.v.dim;
@@ -80,7 +87,9 @@ constexpr AttendSelectedPolicy choose_policy(const AttendSelectedArgs& a) {
   const int64_t blocks = p.units * (p.m_tiles > 0 ? p.m_tiles : 1);
   const int64_t wanted = blocks >= 128 ? 1 : ceil_div<int64_t>(128, blocks);
   p.split = ceil_div(ceil_div(a.num_listed, wanted), int64_t{64}) * 64;
-  p.split = p.split < 64 ? 64 : p.split > kAttendMaxSplit ? kAttendMaxSplit : p.split;
+  // Many bias rows leave less shared memory for entries: at most 8 KiB of bias.
+  const int64_t longest = attend_bias_rows(a) > 4 ? kAttendMaxSplit / 4 : kAttendMaxSplit;
+  p.split = p.split < 64 ? 64 : p.split > longest ? longest : p.split;
   p.num_splits = a.num_listed > p.split ? ceil_div(a.num_listed, p.split) : 1;
   return p;
 }

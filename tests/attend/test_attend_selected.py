@@ -23,7 +23,8 @@ LSE = {"rtol": 2e-6, "atol": 4e-6}  # float32 throughout, whatever the dtype
 def check(q, k, v, kept_idx, **options):
     out, lse = attend(q, k, v, kept_idx, return_lse=True, **options)
     expected, expected_lse = reference(q, k, v, kept_idx, return_lse=True, **options)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
     rtol, atol = TOLERANCE[q.dtype]
     assert_close(out, expected, rtol=rtol, atol=atol, name="out")
     assert_close(lse, expected_lse, **LSE, name="lse")
@@ -104,11 +105,14 @@ def test_nothing_listed(device, dtype):
     kept_idx = lists(2, 2, 40, 90, device)
     kept_idx[0, 1] = -1
     out, lse = check(q, k, v, kept_idx)
-    assert (out[0, 2:] == 0).all() and (lse[0, 2:] == -torch.inf).all()
+    assert (out[0, 2:] == 0).all()
+    assert (lse[0, 2:] == -torch.inf).all()
     out, lse = check(q, k, v, kept_idx[..., :0].contiguous())
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
     out, lse = check(q, k[:, :, :0], v[:, :, :0], kept_idx)
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
     long = torch.full((2, 1, 1500), -1, device=device)
     long[1, 0, 1400] = 7  # one entry, in a late split
     check(q, k, v, long)
@@ -132,7 +136,8 @@ def test_pages_out_of_range(device):
     kept_idx = lists(2, 2, 96, 96, device)
     check(q, pages_k, pages_v, kept_idx, page_table=table)
     out, lse = check(q, pages_k[:0], pages_v[:0], kept_idx, page_table=table)
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_duplicates_count_twice(device):
@@ -195,7 +200,8 @@ def test_log_size_equals_repeated_tokens(device):
 def test_all_masked_by_bias(device):
     q, k, v = qkv(device)
     out, lse = check(q, k, v, lists(2, 2, 40, 90, device), key_bias=torch.full((2, 1, 90), -torch.inf, device=device))
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_large_and_equal_logits(device):
@@ -260,7 +266,8 @@ def test_empty(device):
     kept_idx = lists(2, 2, 5, 90, device)
     assert attend(q[:0], k[:0], v[:0], kept_idx[:0]).shape == (0, 4, 1, 64)
     out, lse = attend(q[:, :, :0], k, v, kept_idx, return_lse=True)
-    assert out.shape == (2, 4, 0, 64) and lse.shape == (2, 4, 0)
+    assert out.shape == (2, 4, 0, 64)
+    assert lse.shape == (2, 4, 0)
 
 
 def test_offsets_beyond_2_31(device):
@@ -299,7 +306,8 @@ def test_out_buffers(device, dtype):
     out = q.new_full((2, 2, 4, 64), float("nan")).transpose(1, 2)  # [batch, q_len, heads, dim] by strides
     lse = torch.full((2, 4, 2), float("nan"), device=device)
     returned = attend(q, k, v, kept_idx, out=(out, lse), return_lse=True)
-    assert returned[0] is out and returned[1] is lse
+    assert returned[0] is out
+    assert returned[1] is lse
     assert_close((out, lse), attend(q, k, v, kept_idx, return_lse=True), rtol=0, atol=0)
     assert attend(q, k, v, kept_idx, out=(out, lse)) is out
     with pytest.raises(RuntimeError, match="out= does not support automatic differentiation"):
@@ -328,7 +336,8 @@ def test_autocast_casts_q_k_v_only(device):
     kept_idx, bias = lists(2, 2, 40, 90, device), torch.randn(2, 1, 90, device=device)
     with torch.autocast(device, torch.bfloat16):
         out, lse = attend(q, k, v, kept_idx, key_bias=bias, return_lse=True)
-    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
     expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), kept_idx, key_bias=bias, return_lse=True)
     assert_close((out, lse), expected, rtol=0, atol=0)
 

@@ -26,9 +26,9 @@ def attend_selected(
     """Attend to the listed keys only: ``softmax(scale * q k^T + key_bias) v`` over each head's list.
 
     Args:
-        q: Queries, ``[batch_size, num_q_heads, q_len, head_dim]`` by strides, float32, float16 or bfloat16; contiguous in
-            ``head_dim``, which is at most 256. Meant for a ``q_len`` of one or a few: every query attends to its whole
-            list.
+        q: Queries, ``[batch_size, num_q_heads, q_len, head_dim]`` by strides, float32, float16 or bfloat16; contiguous
+            in ``head_dim``, which is at most 256. Meant for a ``q_len`` of one or a few: every query attends to its
+            whole list.
         k: Keys. Dense: ``[batch_size, num_kv_heads, kv_len, head_dim]`` by strides. Paged:
             ``[num_pages, page_size, num_kv_heads, head_dim]`` by strides with pages of 1, 16, 32, 64 or 128 tokens.
             ``num_kv_heads`` divides ``num_q_heads``. The dtype of ``q``; contiguous in the last dimension.
@@ -44,18 +44,18 @@ def attend_selected(
             attention), or -inf to mask.
         scale: Factor of the logits; ``head_dim ** -0.5`` by default.
         return_lse: Return ``(out, lse)``.
-        out: Buffers ``(out, lse)`` to write to, of the shapes below (``out`` by strides, ``lse`` contiguous), for callers
-            that capture CUDA graphs. Not differentiable.
+        out: Buffers ``(out, lse)`` to write to, of the shapes below (``out`` by strides, ``lse`` contiguous), for
+            callers that capture CUDA graphs. Not differentiable.
 
     Returns:
         ``out``, ``[batch_size, num_q_heads, q_len, head_dim_v]`` in the dtype of ``q``, or ``(out, lse)``; ``lse``,
         ``[batch_size, num_q_heads, q_len]`` float32, is the natural logarithm of the softmax's denominator, with which
         partial results merge. An empty list gives ``out`` 0 and ``lse`` -inf.
 
-    Rows that no list names are never read. Accumulation in float32, float32 inputs to float32 accuracy; half and bfloat16
-    weights are rounded to the input dtype before they multiply ``v`` on CUDA. Deterministic; a row's result does not
-    depend on its batch. Shapes depend on shapes alone. Lists longer than one split (512 entries on CPU, 64 to 512 on
-    CUDA) take a workspace of ``head_dim_v + 2`` floats per query row and split. Forward only.
+    Rows that no list names are never read. Accumulation in float32, float32 inputs to float32 accuracy; with half and
+    bfloat16 the weights are rounded to the input dtype before they multiply ``v`` on CUDA. Deterministic; a row's result
+    does not depend on its batch. Shapes depend on shapes alone. Lists longer than one split (512 entries on CPU, 64 to
+    512 on CUDA) take a workspace of ``head_dim_v + 2`` floats per query row and split. Forward only: no gradient.
 
     Selected-KV decoding as in Quest (Tang et al. 2024, section 3.3), SnapKV (Li et al. 2024) and TokenSelect (Wu et al.
     2024); splits merge as in Flash-Decoding.
