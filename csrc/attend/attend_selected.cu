@@ -18,6 +18,9 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinusInf = -__builtin_huge_valf();
 constexpr int kRows = static_cast<int>(kAttendTileRows);
 constexpr int kMergeThreads = 128;
+// Columns that are computed at a time, and so must be there: one step of the mma for K; for V, whose columns are
+// unrolled, several to a branch, so that their loads overlap.
+constexpr int kPadK = 16, kPadV = 64;
 
 template <typename T, int kDim>
 struct Tile {
@@ -25,8 +28,8 @@ struct Tile {
   static constexpr int kWarps = attend_selected_warps(kDim);
   static constexpr int kKeys = kIsFloat ? 8 : 16;  // what one mma takes as its k
   static constexpr int kStages = 2;
-  static constexpr int kBlocksPerSm = kDim == 64 ? 4 : kDim == 128 ? 3 : 2;  // what shared memory leaves room for
-  static constexpr int kChunk = 16 / sizeof(T);                              // elements of one copy
+  static constexpr int kBlocksPerSm = kDim <= 128 ? 3 : 2;  // registers for that many
+  static constexpr int kChunk = 16 / sizeof(T);             // elements of one copy
   static constexpr int kRow = kDim + kChunk;  // an odd number of 16-byte units: ldmatrix meets every bank once
   using Rows = T[kKeys][kRow];
 };
@@ -74,13 +77,13 @@ __device__ inline Place locate(const AttendSelectedArgs& a, const Launch& launch
   return at;
 }
 
-// Starts the copy of kKeys rows of K or V. Columns from dim to the next multiple of 16 become zeros, as does a row
+// Starts the copy of kKeys rows of K or V. Columns from dim to the next multiple of pad become zeros, as does a row
 // without a slot.
 template <typename T, int kDim>
 __device__ inline void warp_copy_rows(typename Tile<T, kDim>::Rows& to, const KvTensor& x, const T* from,
-                                      const int32_t* slot, int page_shift, bool wide) {
+                                      const int32_t* slot, int page_shift, bool wide, int pad) {
   using K = Tile<T, kDim>;
-  const int dim = static_cast<int>(x.dim), padded = (dim + 15) / 16 * 16;
+  const int dim = static_cast<int>(x.dim), padded = (dim + pad - 1) / pad * pad;
   if (wide) {
     constexpr int kChunks = kDim / K::kChunk;
 #pragma unroll 4  // enough copies to overlap; all of them at once would hold too many addresses
@@ -125,19 +128,18 @@ __device__ inline void warp_scores(const T (&q)[kRows][Tile<T, kDim>::kRow], con
   }
 }
 
-// acc += weight v of one tile; weight as warp_scores leaves it. Columns beyond dim_v hold anything.
+// acc += weight v of one tile; weight as warp_scores leaves it. Columns up to the next multiple of kPadV are zeros.
 template <typename T, int kDim>
 __device__ inline void warp_add_values(const float (&weight)[Tile<T, kDim>::kKeys / 8][4],
                                        const typename Tile<T, kDim>::Rows& v, int dim_v, float (&acc)[kDim / 8][4]) {
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
-  constexpr int kStride = 64;  // columns per branch: enough loads to overlap, few wasted for odd head dims
   if constexpr (Tile<T, kDim>::kIsFloat) {
     // The k index of a product is free to name keys in any order: slot t is key 2 t and slot t + 4 is key 2 t + 1, as
     // the accumulators hold them.
     const float a[4] = {weight[0][0], weight[0][2], weight[0][1], weight[0][3]};
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
-      if (n * 8 / kStride * kStride >= dim_v) break;
+      if (n * 8 / kPadV * kPadV >= dim_v) break;
       const float b[2] = {v[2 * t][n * 8 + g], v[2 * t + 1][n * 8 + g]};
       mma_m16n8k8_3xtf32(acc[n], a, b);
     }
@@ -146,7 +148,7 @@ __device__ inline void warp_add_values(const float (&weight)[Tile<T, kDim>::kKey
                            pack_pair<T>(weight[1][0], weight[1][1]), pack_pair<T>(weight[1][2], weight[1][3])};
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
-      if (n * 16 / kStride * kStride >= dim_v) break;
+      if (n * 16 / kPadV * kPadV >= dim_v) break;
       uint32_t b[4];
       ldmatrix_x4_trans(b, &v[lane % 16][n * 16 + 8 * (lane / 16)]);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
@@ -216,7 +218,7 @@ __device__ inline void block_prepare(const AttendSelectedArgs& a, const Launch& 
           read ? a.key_bias[at.batch_idx * a.bias_batch + head * a.bias_head + position] * kLog2E : 0.f;
     }
   }
-  const int dim = static_cast<int>(a.k.dim), columns = (dim + 15) / 16 * 16;
+  const int dim = static_cast<int>(a.k.dim), columns = (dim + kPadK - 1) / kPadK * kPadK;
   const T* q = static_cast<const T*>(a.q) + at.batch_idx * a.q_batch;
   for (int r = warp_index(); r < kRows; r += K::kWarps) {
     const int64_t row = at.row0 + r, head = at.first_head + row / a.q_len;
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(Tile<T, kDim>::kWarps* kWarpSize, Tile<T, kDim
   const auto fetch = [&](int tile, int stage) {
     if (tile < num_tiles) {
       const int32_t* slot = s.slot + tile * K::kKeys;
-      warp_copy_rows<T, kDim>(s.ring[warp][stage][0], a.k, k, slot, a.page_shift, launch.wide);
-      warp_copy_rows<T, kDim>(s.ring[warp][stage][1], a.v, v, slot, a.page_shift, launch.wide);
+      warp_copy_rows<T, kDim>(s.ring[warp][stage][0], a.k, k, slot, a.page_shift, launch.wide, kPadK);
+      warp_copy_rows<T, kDim>(s.ring[warp][stage][1], a.v, v, slot, a.page_shift, launch.wide, kPadV);
     }
     cp_async_commit();
   };
