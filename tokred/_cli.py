@@ -40,13 +40,16 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("--markdown", action="store_true", help="as the page docs/methods.md")
 
 
 def _methods(arguments: argparse.Namespace) -> int:
     """List the published methods: paper, stage, basis, deviations."""
     from tokred import methods
 
+    if arguments.markdown:
+        print(methods.markdown(), end="")
+        return 0
     for entry in methods.registry():
         print(f"tokred.methods.{entry.name}  [{entry.stage}]  {entry.paper}")
         print(f"    rests on: {entry.basis}")
@@ -80,7 +83,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     root = Path(tokred.__file__).parents[1] / "benchmarks"
     if not root.is_dir():
-        print("tokred bench: needs a checkout of the repository, whose benchmarks/ is not part of the wheel", file=sys.stderr)
+        print(
+            "tokred bench: needs a checkout of the repository, whose benchmarks/ is not part of the wheel",
+            file=sys.stderr,
+        )
         return 2
     known = {path.stem.removeprefix("bench_"): path for path in sorted(root.glob("*/bench_*.py"))}
     unknown = [name for name in arguments.op or [] if name not in known]

@@ -29,9 +29,9 @@ TOKRED_HOST_DEVICE int copy_width(const RowTensor& t) {
   return static_cast<int>(all & (~all + 1));
 }
 
-// Outputs at least this large go around the cache: they would evict what the caller reads next, and a plain store reads
-// the line before it writes it. 8 MiB: a share of a last-level cache that one call should not take.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// Outputs at least this large, more than a core's own cache, go around it: a plain store first reads the line that it
+// overwrites, a third of the traffic of a copy.
+constexpr int64_t kStreamBytes = int64_t{2} << 20;
 
 // Copies a row, or zeroes it when src is null. stream: non-temporal stores, for 16-byte aligned dst and bytes.
 inline void copy_row(char* dst, const char* src, int64_t bytes, bool stream) {

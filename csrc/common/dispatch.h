@@ -16,7 +16,7 @@ struct CUstream_st;  // a cudaStream_t points to it; named here so that no heade
 #if defined(__CUDACC__)
 #define TOKRED_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define TOKRED_HOST_DEVICE inline
+#define TOKRED_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace tokred {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// A row is read a few times by vector loops and never sorted. Long rows are first cut down: a strided sample gives a
-// pivot below which nothing can matter (checked by counting, with the whole row as fallback), and its survivors are
-// written in order. The exact k-th key is then found by bisection over the keys: at most 32 counting passes, no branch
-// depends on the data, ties cost nothing. A last pass writes the positions, already in order.
+// A row is read by vector loops and never sorted. Long rows are first cut down: a strided sample gives a pivot below which
+// nothing can matter (checked by counting, with the whole row as fallback), and one pass over the scores writes its
+// survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time, two bits a
+// pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
 #include "common/topk.h"
 
 #include <cstring>
@@ -74,7 +74,6 @@ __attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const int32_t* 
   for (; i + 16 <= n; i += 16, position = _mm512_add_epi32(position, step)) {
     const __m512i key = _mm512_loadu_si512(keys + i);
     const __mmask16 take = _mm512_cmpge_epi32_mask(key, limit);
-    if (take == 0) continue;
     _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(take, position));
     if (kept_keys) _mm512_storeu_si512(kept_keys + count, _mm512_maskz_compress_epi32(take, key));
     count += __builtin_popcount(take);
@@ -92,53 +91,146 @@ const Compact compact = [] {
   return &compact_portable;
 }();
 
-// The largest bound with at least k keys at or above it: the k-th largest key. 1 <= k <= n.
+// Positions of the scores that reach a number, ascending; NaN never does. out needs 16 elements of slack.
+int64_t reaching_portable(const float* score, int64_t n, float bound, int32_t* out) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    out[count] = static_cast<int32_t>(i);
+    count += score[i] >= bound;
+  }
+  return count;
+}
+
+#ifdef TOKRED_HAS_AVX512_PATH
+// No branch on the data: with one survivor in some thirty tokens none would be predicted. Four vectors a step, so that the
+// running count is a chain of one addition.
+__attribute__((target("avx512f,popcnt"))) int64_t reaching_avx512(const float* score, int64_t n, float bound,
+                                                                  int32_t* out) {
+  const __m512 limit = _mm512_set1_ps(bound);
+  const __m512i step = _mm512_set1_epi32(16);
+  __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0, i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __mmask16 take[4];
+    for (int v = 0; v < 4; ++v) take[v] = _mm512_cmp_ps_mask(_mm512_loadu_ps(score + i + 16 * v), limit, _CMP_GE_OQ);
+    int64_t offset[5] = {count};
+    for (int v = 0; v < 4; ++v) offset[v + 1] = offset[v] + __builtin_popcount(take[v]);
+    for (int v = 0; v < 4; ++v, position = _mm512_add_epi32(position, step)) {
+      _mm512_storeu_si512(out + offset[v], _mm512_maskz_compress_epi32(take[v], position));
+    }
+    count = offset[4];
+  }
+  for (; i < n; ++i) {
+    out[count] = static_cast<int32_t>(i);
+    count += score[i] >= bound;
+  }
+  return count;
+}
+#endif
+
+using Reaching = int64_t (*)(const float*, int64_t, float, int32_t*);
+const Reaching reaching = [] {
+#ifdef TOKRED_HAS_AVX512_PATH
+  if (__builtin_cpu_supports("avx512f")) return &reaching_avx512;
+#endif
+  return &reaching_portable;
+}();
+
+// How many of keys[0, n), n < 2^31, reach each of three pivots.
+TOKRED_CLONES void count_three(const int32_t* keys, int64_t n, const int32_t* pivot, int64_t* count) {
+  const int32_t p0 = pivot[0], p1 = pivot[1], p2 = pivot[2];
+  int32_t c0 = 0, c1 = 0, c2 = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    c0 += keys[i] >= p0;
+    c1 += keys[i] >= p1;
+    c2 += keys[i] >= p2;
+  }
+  count[0] = c0;
+  count[1] = c1;
+  count[2] = c2;
+}
+
+// A bound that at least k keys reach, and none above it that many do; or one that exactly k reach. 1 <= k <= n.
 int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k) {
   int32_t low, high;
   key_range(keys, n, &low, &high);
   int64_t lo = low, hi = int64_t{high} + 1;  // at least k keys are >= lo; fewer than k are >= hi
   while (hi - lo > 1) {
-    const int64_t mid = lo + (hi - lo) / 2;
-    const int64_t count = count_at_least(keys, n, static_cast<int32_t>(mid));
-    if (count >= k) {
-      lo = mid;
-      if (count == k) break;  // selects exactly the k wanted, as the k-th key itself would
-    } else {
-      hi = mid;
+    const int64_t step = (hi - lo + 3) / 4;
+    int32_t pivot[3];
+    int64_t place[3], count[3];
+    for (int p = 0; p < 3; ++p) {
+      place[p] = lo + (p + 1) * step < hi ? lo + (p + 1) * step : hi - 1;
+      pivot[p] = static_cast<int32_t>(place[p]);
     }
+    count_three(keys, n, pivot, count);
+    int64_t reached = 0;
+    for (int p = 2; p >= 0 && reached == 0; --p) {
+      if (count[p] >= k) {
+        lo = place[p];
+        reached = count[p];
+      } else {
+        hi = place[p];
+      }
+    }
+    if (reached == k) break;  // selects exactly the k wanted, as the k-th key itself would
   }
   return static_cast<int32_t>(lo);
 }
 
 constexpr int64_t kSample = 512;  // keys looked at to guess a pivot
 
-// A bound that about 1.5 k + slack keys reach, by the k's place in a sorted strided sample.
-int32_t guess_pivot(const int32_t* keys, int64_t n, int64_t k) {
+// A bound that about k + 3.5 sigma keys reach, by the k's place in a strided sample.
+template <typename T>
+int32_t guess_pivot(const TopkRow<T>& row, int64_t k) {
   int32_t sample[kSample];
-  const int64_t stride = n / kSample;
-  // The start moves within each stride by a fixed pattern, so that a period of the data cannot hide from the sample.
-  for (int64_t i = 0; i < kSample; ++i) sample[i] = keys[i * stride + (i * 40503) % stride];
-  const int64_t expected = k * kSample / n;
+  const int64_t stride = row.num_tokens / kSample;
+  // The place moves within each stride by a fixed pattern, so that a period of the data cannot hide from the sample.
+  for (int64_t i = 0; i < kSample; ++i) {
+    const int64_t token = i * stride + (i * 40503) % stride;
+    sample[i] = signed_key(score_key(static_cast<float>(row.score[token * row.stride])));
+  }
+  const int64_t expected = k * kSample / row.num_tokens;
   int64_t rank = expected + 2;
-  while (rank < kSample && (rank - expected) * (rank - expected) < 12 * (expected + 1)) ++rank;  // 3.5 sigma
+  while (rank < kSample && (rank - expected) * (rank - expected) < 12 * (expected + 1)) ++rank;
   return rank >= kSample ? kExcluded : kth_largest(sample, kSample, rank);
 }
 
-}  // namespace
-
+// Keys and positions of the tokens that reach pivot, the key of a number.
 template <typename T>
-int64_t make_keys(const T* score, int64_t stride, const uint8_t* keep, const uint8_t* drop, int64_t n, int64_t k,
-                  TopkScratch& scratch) {
-  int32_t* keys = scratch.keys.data();
-  plain_keys(score, stride, n, keys);
-  if (!keep && !drop) return n;
+int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
+  int32_t *keys = scratch.keys.data(), *positions = scratch.positions.data();
+  int64_t count = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (row.stride == 1) {  // floats are compared as they are; a flush-denormals mode can only let more of them pass
+      const uint32_t key = static_cast<uint32_t>(pivot) ^ 0x80000000u;
+      const uint32_t bits = key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu);  // the inverse of score_key
+      float bound;
+      std::memcpy(&bound, &bits, sizeof(bound));
+      count = reaching(row.score, row.num_tokens, bound, positions);
+      for (int64_t i = 0; i < count; ++i) keys[i] = signed_key(score_key(row.score[positions[i]]));
+      return count;
+    }
+  }
+  constexpr int64_t kPiece = 2048;  // others are converted piece by piece in the first-level cache
+  alignas(64) int32_t piece[kPiece];
+  for (int64_t begin = 0; begin < row.num_tokens; begin += kPiece) {
+    const int64_t n = row.num_tokens - begin < kPiece ? row.num_tokens - begin : kPiece;
+    plain_keys(row.score + begin * row.stride, row.stride, n, piece);
+    count += compact(piece, n, pivot, static_cast<int32_t>(begin), positions + count, keys + count);
+  }
+  return count;
+}
+
+// Ranks changed by the masks; returns how many tokens are eligible.
+int64_t apply_masks(const uint8_t* keep, const uint8_t* drop, int64_t n, int64_t k, int32_t* keys) {
   int64_t forced = 0, excluded = 0;
   for (int64_t i = 0; i < n; ++i) {
     const bool out = drop && drop[i];
     excluded += out;
     forced += !out && keep && keep[i];
   }
-  const bool crowded = forced > k;
+  const bool crowded = forced > k;  // then only the forced compete, by their scores
   for (int64_t i = 0; i < n; ++i) {
     const bool force = keep && keep[i];
     if ((drop && drop[i]) || (crowded && !force)) {
@@ -150,38 +242,44 @@ int64_t make_keys(const T* score, int64_t stride, const uint8_t* keep, const uin
   return crowded ? forced : n - excluded;
 }
 
-template int64_t make_keys(const float*, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t, TopkScratch&);
-template int64_t make_keys(const c10::Half*, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t, TopkScratch&);
-template int64_t make_keys(const c10::BFloat16*, int64_t, const uint8_t*, const uint8_t*, int64_t, int64_t,
-                           TopkScratch&);
-
-int64_t topk_ascending(int64_t n, int64_t k, int64_t eligible, int32_t* out, TopkScratch& scratch) {
-  k = k < eligible ? k : eligible;
-  if (k <= 0) return 0;
-  const int32_t* keys = scratch.keys.data();
-  const int32_t* positions = nullptr;  // of the survivors; null: all tokens are
-  if (n >= 8 * kSample && k <= n / 4) {
-    const int32_t pivot = guess_pivot(keys, n, k);
-    if (pivot > kExcluded + 1) {
-      const int64_t survivors = compact(keys, n, pivot, 0, scratch.survivor_idx.data(), scratch.survivors.data());
-      if (survivors >= k) {  // else the guess was too high: use the whole row
-        keys = scratch.survivors.data();
-        positions = scratch.survivor_idx.data();
-        n = survivors;
-      }
-    }
-  }
+// Writes the places in keys[0, n) of the k largest, ascending; at least k keys are eligible.
+void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* out) {
   const int32_t bound = kth_largest(keys, n, k);
   int64_t surplus = count_at_least(keys, n, bound) - k;  // ties of the bound beyond k: the last ones leave
   int64_t tied = n;                                      // tokens from here on need a key above the bound
   while (surplus > 0) surplus -= keys[--tied] == bound;
-  int64_t count = compact(keys, tied, bound, 0, out, nullptr);
-  if (tied < n && bound < INT32_MAX)
-    count += compact(keys + tied, n - tied, bound + 1, static_cast<int32_t>(tied), out + count, nullptr);
-  if (positions) {
-    for (int64_t i = 0; i < count; ++i) out[i] = positions[out[i]];
+  const int64_t count = compact(keys, tied, bound, 0, out, nullptr);
+  if (tied < n && bound < INT32_MAX) {
+    compact(keys + tied, n - tied, bound + 1, static_cast<int32_t>(tied), out + count, nullptr);
   }
-  return count;
 }
+
+}  // namespace
+
+template <typename T>
+int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch) {
+  const int64_t n = row.num_tokens;
+  const bool masked = row.keep || row.drop;
+  if (!masked && n >= 8 * kSample && k > 0 && k <= n / 4) {
+    const int32_t pivot = guess_pivot(row, k);
+    if (pivot > signed_key(kKeyNaN)) {
+      const int64_t count = survivors(row, pivot, scratch);
+      if (count >= k) {  // else the guess was too high: use the whole row
+        take_largest(scratch.keys.data(), count, k, out);
+        for (int64_t i = 0; i < k; ++i) out[i] = scratch.positions[out[i]];
+        return k;
+      }
+    }
+  }
+  plain_keys(row.score, row.stride, n, scratch.keys.data());
+  const int64_t eligible = masked ? apply_masks(row.keep, row.drop, n, k, scratch.keys.data()) : n;
+  k = k < eligible ? k : eligible;
+  if (k > 0) take_largest(scratch.keys.data(), n, k, out);
+  return k;
+}
+
+template int64_t topk_ascending(const TopkRow<float>&, int64_t, int32_t*, TopkScratch&);
+template int64_t topk_ascending(const TopkRow<c10::Half>&, int64_t, int32_t*, TopkScratch&);
+template int64_t topk_ascending(const TopkRow<c10::BFloat16>&, int64_t, int32_t*, TopkScratch&);
 
 }  // namespace tokred

@@ -12,21 +12,25 @@ namespace tokred {
 // Scratch of one thread for rows of up to max_tokens.
 struct TopkScratch {
   explicit TopkScratch(int64_t max_tokens)
-      : keys(max_tokens + 64), survivors(max_tokens + 64), survivor_idx(max_tokens + 64) {}
-  AlignedBuffer<int32_t> keys;
-  AlignedBuffer<int32_t> survivors;
-  AlignedBuffer<int32_t> survivor_idx;
+      : keys(max_tokens + 64), positions(max_tokens + 64) {}
+  AlignedBuffer<int32_t> keys;       // of the tokens still in play
+  AlignedBuffer<int32_t> positions;  // theirs
 };
 
-// Writes the keys of n scores to scratch.keys. keep / drop: one byte per token or null. Excluded tokens get
-// kKeyExcluded; forced ones kKeyForced, or, where more than k are forced, keep their rank and exclude all others.
-// Returns how many tokens are eligible (not excluded).
+// One row of a selection. keep / drop: one byte per token, or null.
 template <typename T>
-int64_t make_keys(const T* score, int64_t stride, const uint8_t* keep, const uint8_t* drop, int64_t n, int64_t k,
-                  TopkScratch& scratch);
+struct TopkRow {
+  const T* score;
+  int64_t stride;  // of score, in elements
+  const uint8_t* keep;
+  const uint8_t* drop;
+  int64_t num_tokens;
+};
 
-// The positions of the k largest of scratch.keys[0, n), ties to the lowest position, ascending, to out, which needs room
-// for k + 16. Excluded tokens are never taken: returns how many were written, min(k, eligible).
-int64_t topk_ascending(int64_t n, int64_t k, int64_t eligible, int32_t* out, TopkScratch& scratch);
+// The positions of the k best tokens of the row, ties to the lowest position, ascending, to out, which needs room for
+// min(k, num_tokens) + 16. Tokens marked in drop are never taken; those marked in keep come first, and where more than k
+// are marked the k best-ranked of them are taken. Returns how many were written, min(k, eligible tokens).
+template <typename T>
+int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch);
 
 }  // namespace tokred

@@ -17,12 +17,11 @@ void prune_topk_cpu(const PruneTopkArgs& args) {
       using T = typename decltype(tag)::type;
       for (int64_t b = begin; b < end; ++b) {
         const auto [first, len] = prune_topk_row(args, b);
-        const T* score = static_cast<const T*>(args.score) + b * args.stride_score + first;
         const int64_t offset = args.cu_seqlens ? first : b * args.num_tokens;
-        const int64_t eligible =
-            make_keys(score, 1, args.keep_mask ? args.keep_mask + offset : nullptr,
-                      args.drop_mask ? args.drop_mask + offset : nullptr, len, k, scratch);
-        const int64_t count = topk_ascending(len, k, eligible, kept.data(), scratch);
+        const TopkRow<T> row{static_cast<const T*>(args.score) + b * args.stride_score + first, 1,
+                             args.keep_mask ? args.keep_mask + offset : nullptr,
+                             args.drop_mask ? args.drop_mask + offset : nullptr, len};
+        const int64_t count = topk_ascending(row, k, kept.data(), scratch);
         int64_t* out = args.kept_idx + b * k;
         for (int64_t i = 0; i < count; ++i) out[i] = kept[i];
         for (int64_t i = count; i < k; ++i) out[i] = -1;

@@ -26,9 +26,10 @@ bool race_build = false;
 
 namespace {
 
-struct Cell {
+struct Cell {  // no bit-fields: merging them costs more than the space
   uint32_t write_time, read_time, read_time2;  // 0: never
-  uint32_t writer : 10, reader : 10, reader2 : 10, atomic : 1, pending : 1;
+  uint16_t writer, reader, reader2;            // ranks
+  bool atomic, pending;                        // the write was an atomic, or is a cp.async that may not have landed
 };
 
 uint32_t now = 0, launch_start = 0, block_start = 0, block_floor = 0;
@@ -79,7 +80,7 @@ bool earlier_block_released(uint32_t time) {
 }
 
 // Whether what thread did since time is ordered before what fiber does now.
-bool ordered(const Worker& w, const Fiber& fiber, bool is_shared, uint32_t time, unsigned thread) {
+inline bool ordered(const Worker& w, const Fiber& fiber, bool is_shared, uint32_t time, unsigned thread) {
   if (time < (is_shared ? block_start : launch_start)) return true;
   if (time < block_start) return earlier_block_released(time);
   if (time < block_floor || thread == fiber.rank) return true;
@@ -138,7 +139,7 @@ void check(Worker& w, Fiber& fiber, const void* address, size_t bytes, Access ac
       if (c.reader != fiber.rank || c.read_time < block_start) {
         c.reader2 = c.reader;
         c.read_time2 = c.read_time;
-        c.reader = fiber.rank;
+        c.reader = static_cast<uint16_t>(fiber.rank);
       }
       c.read_time = fiber.now;
       continue;
@@ -152,9 +153,9 @@ void check(Worker& w, Fiber& fiber, const void* address, size_t bytes, Access ac
              c.reader2, pc);
     }
     c.write_time = fiber.now;
-    c.writer = fiber.rank;
+    c.writer = static_cast<uint16_t>(fiber.rank);
     c.atomic = access == Access::kAtomic;
-    c.pending = 0;
+    c.pending = false;
   }
 }
 
@@ -168,7 +169,7 @@ void race_launch_start() {
     std::fill(arena_cells.begin(), arena_cells.end(), Cell());
     now = 0;
   }
-  if (pages.size() > 4096) {  // 256 MiB of cells
+  if (pages.size() > 4096) {  // 320 MiB of cells
     for (auto& [page, cells] : pages) munmap(cells, sizeof(Cell) << kPageBits);
     pages.clear();
     last_cells = nullptr;
@@ -249,7 +250,7 @@ void race_touch(const void* address, size_t bytes, Access access, void* pc) {
 void race_async_issued(const void* address, size_t bytes) {
   if (!race_build) return;
   Cell* cell = arena_cells.data() + (static_cast<const unsigned char*>(address) - worker->arena);
-  for (size_t i = 0; i < bytes; ++i) cell[i].pending = 1;
+  for (size_t i = 0; i < bytes; ++i) cell[i].pending = true;
 }
 
 }  // namespace simt

@@ -39,7 +39,7 @@ struct Fiber : ThreadView {
 };
 
 struct Gathering {  // lanes on their way into one call of a warp function
-  unsigned mask = 0, arrived = 0;
+  unsigned mask = 0, arrived = 0;  // no mask: a free place
   const WarpFunction* function = nullptr;
   WarpCall call;
 };
@@ -61,6 +61,7 @@ struct Worker : BlockView {
   std::vector<Warp> warps;
   NamedBarrier named[16];
   std::vector<unsigned> queue;  // a ring of ranks
+  std::vector<unsigned> order;  // scratch of a barrier
   size_t queue_head = 0, queue_size = 0;
   Fiber* current = nullptr;  // null: the scheduler runs
   void* scheduler_sp = nullptr;
@@ -89,7 +90,7 @@ struct Worker : BlockView {
   const void* data = nullptr;
 };
 
-extern thread_local Worker* worker __attribute__((tls_model("initial-exec")));
+extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 constexpr size_t kStackBytes = 256 << 10;  // with its guard; only what is touched is ever backed by memory
 constexpr size_t kGuardBytes = 64 << 10;   // more than a frame, or a large one would step over it
 constexpr size_t kArenaBytes = 99 << 10;   // the largest block of compute capabilities 8.6 and 8.9

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""Published methods as functions on tensors, one file each, made of tokred ops. Nothing here knows a model.
+
+A method takes tokens and whatever its paper scores them with, and returns ``Reduced``. Its ``METHOD`` entry says what the
+implementation rests on and where it differs; ``python -m tokred methods`` prints them.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Reduced(NamedTuple):
+    """What a method returns; fields that it does not produce are None.
+
+    Fields:
+        x: The reduced tokens, ``[batch_size, num_kept, dim]``.
+        kept_idx: ``[batch_size, num_kept]`` int64, original positions of kept tokens, -1 past ``num_kept``.
+        dst_idx: ``[batch_size, num_tokens]`` int64, the row of ``x`` that each token went to.
+        size: ``[batch_size, num_kept]`` float32, how many original tokens each row stands for.
+        score: The scores that the selection was made from.
+        num_kept: ``[batch_size]`` int32, for ragged input.
+    """
+
+    x: Tensor
+    kept_idx: Tensor | None = None
+    dst_idx: Tensor | None = None
+    size: Tensor | None = None
+    score: Tensor | None = None
+    num_kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registry entry: what a method is and what its implementation rests on.
+
+    Args:
+        name: As in ``tokred.methods.NAME``.
+        paper: The paper's title.
+        stage: encoder, projector, prefill, decode, KV or training; several with commas.
+        basis: "authors' code", "paper" or "abstract only".
+        deviations: Where this implementation differs, one sentence each.
+        compat: Switches that bring back the behaviour of released code, with their meaning.
+    """
+
+    name: str
+    paper: str
+    stage: str
+    basis: str
+    deviations: tuple[str, ...] = ()
+    compat: dict[str, str] = field(default_factory=dict)
+
+
+def registry() -> list[Method]:
+    """Return the entries of all methods, by name."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return [importlib.import_module(f"{__name__}.{name}").METHOD for name in names]
+
+
+def markdown() -> str:
+    """Return the registry as the page docs/methods.md."""
+    lines = ["# Methods", "", "Made by `python -m tokred methods --markdown`; do not edit.", ""]
+    for entry in registry():
+        lines += [f"## `tokred.methods.{entry.name}`", "", f"*{entry.paper}*", ""]
+        lines += [f"- Stage: {entry.stage}. Rests on: {entry.basis}."]
+        lines += [f"- Differs: {text}" for text in entry.deviations]
+        lines += [f"- `compat={switch!r}`: {text}" for switch, text in entry.compat.items()]
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
