@@ -328,14 +328,15 @@ int attn_received_cuda(const AttnReceivedArgs& args, CUstream_st* stream) {
   int error = cudaErrorInvalidValue;
   dispatch_float(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    // head_dim is padded with zeros: to the sizes of real models for 16-bit types, to a power of two for float32.
+    // head_dim is padded with zeros: to the sizes of real models for 16-bit types (none below 64, where the exponential
+    // binds anyway), to a power of two for float32.
     const auto run = [&](auto padded) { error = launch_passes<T, decltype(padded)::value>(args, stream); };
     const int head_dim = static_cast<int>(args.head_dim);
     if constexpr (sizeof(T) == 4) {
       (void)dispatch_int<64, 128, 256>(smallest_above(head_dim, {64, 128, 256}), run);
     } else {
-      (void)dispatch_int<48, 64, 80, 96, 128, 160, 192, 256>(
-          smallest_above(head_dim, {48, 64, 80, 96, 128, 160, 192, 256}), run);
+      (void)dispatch_int<64, 80, 96, 128, 160, 192, 256>(smallest_above(head_dim, {64, 80, 96, 128, 160, 192, 256}),
+                                                         run);
     }
   });
   return error;

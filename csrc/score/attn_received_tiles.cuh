@@ -18,7 +18,7 @@ struct AttnConfig {
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kMaxThreads = kIsFloat ? 128 : 256;
   // n8 tiles multiplied at a time: two where the own rows take many registers, to stay below 128.
-  static constexpr int kColTiles = kDim > (kIsFloat ? 128 : 64) && (kIsFloat || kRowTiles == 2) ? 2 : 4;
+  static constexpr int kColTiles = kDim > (kIsFloat ? 128 : 64) && (kIsFloat || kRowTiles == 2 || kDim > 192) ? 2 : 4;
   static constexpr int kChunk = 8 * kColTiles;
   static constexpr int kTile = !kIsFloat ? 64 : kDim > 128 ? 16 : 32;  // streamed rows per stage
   static constexpr int kStride = kDim + 16 / sizeof(T);  // rows 16 bytes apart modulo 128: no bank conflicts
