@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokred
-from tokred import _registry
+from tokred import _op, _registry
 from tokred.testing import assert_close
 
 OPS = [pytest.param(op, id=op.name) for op in _registry.ops()]
@@ -63,7 +63,9 @@ def test_opcheck(op, device):
         with Recorder() as recorder:
             op.function(*args, **kwargs)
         for func, call_args, call_kwargs in recorder.calls:
-            torch.library.opcheck(func, map_tensors(grown, call_args), map_tensors(grown, call_kwargs))
+            # Where backward raises, tracing it would, too: such an op is checked without gradients.
+            grow = (lambda t: t) if func.name().removeprefix("tokred::") in _op.forward_only else grown
+            torch.library.opcheck(func, map_tensors(grow, call_args), map_tensors(grow, call_kwargs))
             checked.add(func)
     assert checked
 

@@ -34,9 +34,11 @@ AttnReceivedArgs check(const Tensor& q, const Tensor& k, const OptTensor& lse, c
                shape_of(q));
   TOKRED_CHECK(k.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3),
                "attn_received: expected k of shape [batch_size, num_kv_heads, kv_len, head_dim] with the batch_size and"
-               " head_dim of q ", shape_of(q), ", got ", shape_of(k));
+               " head_dim of q ",
+               shape_of(q), ", got ", shape_of(k));
   TOKRED_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0,
-               "attn_received: expected num_q_heads to be a multiple of num_kv_heads, got ", q.size(1), " and ", k.size(1));
+               "attn_received: expected num_q_heads to be a multiple of num_kv_heads, got ", q.size(1), " and ",
+               k.size(1));
   TOKRED_CHECK(q.size(3) >= 1 && q.size(3) <= kAttnReceivedMaxHeadDim, "attn_received: expected head_dim in [1, ",
                kAttnReceivedMaxHeadDim, "], got ", q.size(3));
   a.dtype = check_float("attn_received", "q", q);
@@ -47,7 +49,8 @@ AttnReceivedArgs check(const Tensor& q, const Tensor& k, const OptTensor& lse, c
   check_last_dim("attn_received", "k", k);
   check_int32_range("attn_received", "q_len", q.size(2));
   check_int32_range("attn_received", "kv_len", k.size(2));
-  if (k.size(1) > 0) check_int32_range("attn_received", "q_len times heads per group", q.size(2) * (q.size(1) / k.size(1)));
+  if (k.size(1) > 0)
+    check_int32_range("attn_received", "q_len times heads per group", q.size(2) * (q.size(1) / k.size(1)));
   TOKRED_CHECK(reduce == "sum" || reduce == "max", "attn_received: expected reduce to be \"sum\" or \"max\", got \"",
                reduce, "\"");
   a.scale = static_cast<float>(scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3))));
@@ -89,8 +92,9 @@ void run_cpu(Call& call, const Tensor&) { attn_received_cpu(call.args); }
 }
 
 template <void (*run)(Call&, const Tensor&)>
-std::tuple<Tensor, Tensor> op(const Tensor& q, const Tensor& k, const OptTensor& lse, const OptTensor& q_weight, bool causal,
-                              std::optional<int64_t> q_start, std::string reduce, std::optional<double> scale) {
+std::tuple<Tensor, Tensor> op(const Tensor& q, const Tensor& k, const OptTensor& lse, const OptTensor& q_weight,
+                              bool causal, std::optional<int64_t> q_start, std::string reduce,
+                              std::optional<double> scale) {
   Call call;
   call.args = check(q, k, lse, q_weight, causal, q_start, reduce, scale);
   AttnReceivedArgs& a = call.args;

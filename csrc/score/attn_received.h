@@ -53,13 +53,14 @@ constexpr int attn_received_warps(int64_t rows, int rows_per_warp, int max_warps
 
 constexpr AttnReceivedPolicy choose_attn_received_policy(int64_t rows, int64_t kv_len, int64_t head_dim, DType dtype) {
   AttnReceivedPolicy policy{};
-  // The warp's own rows stay in registers over the whole depth: 32 rows of 16-bit values up to 128 deep take 64 registers.
+  // The warp's own rows stay in registers over the whole depth: 32 rows of 16-bit values up to 128 deep take 64
+  // registers.
   policy.rows_per_warp = dtype == DType::kF32 || head_dim > 128 ? 16 : 32;
   const int max_warps = dtype == DType::kF32 ? 4 : 8;
   policy.warps_lse = attn_received_warps(rows, policy.rows_per_warp, max_warps);
   policy.warps_received = attn_received_warps(kv_len, policy.rows_per_warp, max_warps);
-  // 1,024 keys per block for few rows: a window of 64 queries over 131,072 keys makes 128 blocks per key head. More rows
-  // bring blocks of their own; splits grow with them, which holds the partials to O(keys) floats.
+  // 1,024 keys per block for few rows: a window of 64 queries over 131,072 keys makes 128 blocks per key head. More
+  // rows bring blocks of their own; splits grow with them, which holds the partials to O(keys) floats.
   const int64_t row_blocks = ceil_div<int64_t>(rows, policy.warps_lse * policy.rows_per_warp);
   policy.split_keys = 1024 * (row_blocks > 1 ? row_blocks : 1);
   policy.num_splits = kv_len > policy.split_keys ? ceil_div<int64_t>(kv_len, policy.split_keys) : 1;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// A thread takes up to 128 rows (queries of the heads that share one K) and sees all keys in panels of up to 512: product,
-// exponentials, column sums. While 4 MiB hold the logits of 32 rows or more, they stay in the thread's scratch between the
-// row sums and the column sums; for longer keys they are computed again, as on CUDA.
+// A thread takes up to 128 rows (queries of the heads that share one K) and sees all keys in panels of up to 512:
+// product, exponentials, column sums. While 4 MiB hold the logits of 32 rows or more, they stay in the thread's scratch
+// between the row sums and the column sums; for longer keys they are computed again, as on CUDA.
 //
-// Bits: tile shapes and the cut of the rows into tasks follow from the shapes of one batch row alone, and the columns of
-// a head are added in the order of its tasks. So neither threads nor the rest of the batch matter.
+// Bits: tile shapes and the cut of the rows into tasks follow from the shapes of one batch row alone, and the columns
+// of a head are added in the order of its tasks. So neither threads nor the rest of the batch matter.
 #include <cmath>
 #include <limits>
 
@@ -18,18 +18,19 @@ namespace {
 
 constexpr int64_t kMaxTileRows = 128, kMaxPanelKeys = 512;
 constexpr int64_t kResidentFloats = 1 << 20;  // 4 MiB of logits per thread
-constexpr int64_t kColumnFloats = 16 << 20;   // 64 MiB of partial columns of all threads, unless one batch row needs more
+constexpr int64_t kColumnFloats =
+    16 << 20;  // 64 MiB of partial columns of all threads, unless one batch row needs more
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
 struct Tiling {
-  int64_t tile_rows, num_tiles;        // rows of a tile, a multiple of 8
-  int64_t panel_keys, num_panels;      // keys of a panel, a multiple of 16
-  int64_t depth;                       // head_dim rounded up to 16
-  int64_t num_tasks;                   // per (batch, key head): each takes a run of tiles
-  bool resident;                       // the logits of all panels are kept
+  int64_t tile_rows, num_tiles;    // rows of a tile, a multiple of 8
+  int64_t panel_keys, num_panels;  // keys of a panel, a multiple of 16
+  int64_t depth;                   // head_dim rounded up to 16
+  int64_t num_tasks;               // per (batch, key head): each takes a run of tiles
+  bool resident;                   // the logits of all panels are kept
   int64_t padded_keys() const { return panel_keys * num_panels; }
 };
 
@@ -279,7 +280,8 @@ void attn_received_cpu(const AttnReceivedArgs& a) {
   const int64_t tasks_per_row = a.num_kv_heads * t.num_tasks;
   const int64_t columns_per_task = a.group() * t.padded_keys();
   // Partial columns for a slab of the batch at a time: 256 tasks at most, or what one batch row has.
-  const int64_t slab = std::max<int64_t>(1, std::min(256 / tasks_per_row, kColumnFloats / (tasks_per_row * columns_per_task)));
+  const int64_t slab =
+      std::max<int64_t>(1, std::min(256 / tasks_per_row, kColumnFloats / (tasks_per_row * columns_per_task)));
   AlignedBuffer<float> columns(std::min(slab, a.batch_size) * tasks_per_row * columns_per_task);
   for (int64_t first = 0; first < a.batch_size; first += slab) {
     const int64_t count = std::min(slab, a.batch_size - first);

@@ -101,7 +101,9 @@ def test_windows_are_slices(device):
     assert_close(sum(p[0] for p in parts), whole, rtol=1e-5, atol=1e-5)
     assert_close(torch.cat([p[1] for p in parts], -1), lse, rtol=1e-5, atol=1e-6)
     window = (torch.arange(90, device=device) >= 64).float().expand(2, 4, 90)
-    assert_close(check(q, k, causal=True, q_weight=window)[0], check(q[:, :, 64:], k, causal=True)[0], rtol=1e-5, atol=1e-6)
+    assert_close(
+        check(q, k, causal=True, q_weight=window)[0], check(q[:, :, 64:], k, causal=True)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
@@ -204,9 +206,7 @@ def test_views(device, dtype):
 
 def test_offsets_beyond_2_31(device, dtype):
     big = torch.empty(2**32 + 4096, dtype=dtype, device=device)
-    k = big.as_strided((1, 1, 3, 16), (0, 0, 2**31 - 9, 1)) if dtype == torch.float32 else big.as_strided((1, 1, 3, 16), (0, 0, 2**31 + 16, 1))
-    if k[0, 0, -1].storage_offset() + 16 > big.numel():
-        k = k[:, :, :2]
+    k = big.as_strided((1, 1, 2, 16), (0, 0, 2**31 + 16, 1))
     k.copy_(torch.randn(k.shape))
     check(torch.randn(1, 1, 5, 16, device=device).to(dtype), k)
     check(k, torch.randn(1, 1, 5, 16, device=device).to(dtype))
@@ -292,12 +292,16 @@ ERRORS = {
     ),
     "expected k of shape [batch_size, num_kv_heads, kv_len, head_dim] with the batch_size and head_dim of q [2, 4, 5, 16], "
     "got [1, 2, 7, 16]": lambda q, k, r: tokred.attn_received(q, k[:1]),
-    "expected num_q_heads to be a multiple of num_kv_heads, got 3 and 2": lambda q, k, r: tokred.attn_received(q[:, :3], k),
+    "expected num_q_heads to be a multiple of num_kv_heads, got 3 and 2": lambda q, k, r: tokred.attn_received(
+        q[:, :3], k
+    ),
     "expected head_dim in [1, 256], got 0": lambda q, k, r: tokred.attn_received(q[..., :0], k[..., :0]),
     "expected head_dim in [1, 256], got 272": (
         lambda q, k, r: tokred.attn_received(q.repeat(1, 1, 1, 17), k.repeat(1, 1, 1, 17))
     ),
-    "expected q of dtype float32, float16 or bfloat16, got float64": lambda q, k, r: tokred.attn_received(q.double(), k),
+    "expected q of dtype float32, float16 or bfloat16, got float64": lambda q, k, r: tokred.attn_received(
+        q.double(), k
+    ),
     "expected k of q's dtype float32, got float16": lambda q, k, r: tokred.attn_received(q, k.half()),
     "expected q contiguous in its last dimension, got strides [320, 80, 1, 5]": (
         lambda q, k, r: tokred.attn_received(q.mT.contiguous().mT, k)

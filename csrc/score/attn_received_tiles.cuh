@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+// What both passes of attn_received share: a warp's own rows, a stream of tiles in shared memory, and their product.
+#pragma once
+#include "common/cp_async.cuh"
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+#include "score/attn_received.h"
+
+namespace tokred {
+
+template <typename T, int kDim>
+struct AttnConfig {
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int kStep = kIsFloat ? 8 : 16;  // depth of one mma
+  static constexpr int kSteps = kDim / kStep;
+  static constexpr int kRowTiles = kIsFloat || kDim > 128 ? 1 : 2;  // as choose_attn_received_policy says
+  static constexpr int kRowsPerWarp = 16 * kRowTiles;
+  static constexpr int kMaxThreads = kIsFloat ? 128 : 256;
+  // n8 tiles multiplied at a time: two where the own rows take many registers, to stay below 128.
+  static constexpr int kColTiles = kDim > (kIsFloat ? 128 : 64) && (kIsFloat || kRowTiles == 2 || kDim > 192) ? 2 : 4;
+  static constexpr int kChunk = 8 * kColTiles;
+  static constexpr int kTile = !kIsFloat ? 64 : kDim > 128 ? 16 : 32;  // streamed rows per stage
+  static constexpr int kStride = kDim + 16 / sizeof(T);  // rows 16 bytes apart modulo 128: no bank conflicts
+  static constexpr int kStages = 2;  // a tile is multiplied for 1,000 cycles and more: the next one has come by then
+  static constexpr int kOwnRows = kIsFloat ? kMaxThreads / kWarpSize * kRowsPerWarp : 0;
+};
+
+template <typename T, int kDim>
+struct AttnStorage {
+  using C = AttnConfig<T, kDim>;
+  T tile[C::kStages][C::kTile][C::kStride];
+  float lse[C::kStages][C::kTile], weight[C::kStages][C::kTile];  // pass 2
+  T own[C::kOwnRows + 1][C::kStride];                             // float32: the warps' own rows
+};
+
+// The queries or keys of one head.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int count;
+};
+
+template <typename T>
+__device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t head_idx) {
+  const T* q = static_cast<const T*>(a.q) + batch_idx * a.stride_q.batch + head_idx * a.stride_q.head;
+  return {q, a.stride_q.token, static_cast<int>(a.q_len)};
+}
+template <typename T>
+__device__ inline Rows<T> key_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t kv_head_idx) {
+  const T* k = static_cast<const T*>(a.k) + batch_idx * a.stride_k.batch + kv_head_idx * a.stride_k.head;
+  return {k, a.stride_k.token, static_cast<int>(a.kv_len)};
+}
+
+// Rows [first, first + kTile) into a stage, zeros past the last row and past head_dim. aligned: by 16-byte copies that
+// the caller commits and waits for; else by plain stores. The caller's barrier publishes both.
+template <typename T, int kDim>
+__device__ inline void block_load_tile(T (*tile)[AttnConfig<T, kDim>::kStride], const Rows<T>& rows, int first,
+                                       int head_dim, bool aligned) {
+  constexpr int kTile = AttnConfig<T, kDim>::kTile, kVec = 16 / sizeof(T), kVecs = kDim / kVec;
+  if (aligned) {
+#pragma unroll 1  // a few copies per thread, which wait for nothing: registers matter more
+    for (int i = thread_rank(); i < kTile * kVecs; i += num_threads_in_block()) {
+      const int r = i / kVecs, c = i % kVecs * kVec;
+      const bool valid = first + r < rows.count && c < head_dim;
+      cp_async_16(&tile[r][c], rows.data + (valid ? (first + r) * rows.stride + c : 0), valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread_rank(); i < kTile * kDim; i += num_threads_in_block()) {
+      const int r = i / kDim, c = i % kDim;
+      tile[r][c] = first + r < rows.count && c < head_dim ? rows.data[(first + r) * rows.stride + c] : T(0.f);
+    }
+  }
+}
+
+// A warp's own rows over the whole depth, 16-bit types: as A fragments in registers. row_at(r): the row, or null for
+// zeros.
+template <typename T, int kDim>
+struct OwnRows {
+  using C = AttnConfig<T, kDim>;
+  uint32_t a[C::kRowTiles][C::kSteps][4];
+
+  template <typename RowAt>
+  __device__ void load(AttnStorage<T, kDim>&, RowAt&& row_at, int head_dim, bool aligned) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) {
+      const T* row[2] = {row_at(16 * m + g), row_at(16 * m + g + 8)};
+#pragma unroll
+      for (int s = 0; s < C::kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][s][i] = word(row[i % 2], 16 * s + 2 * t + 8 * (i / 2), head_dim, aligned);
+      }
+    }
+  }
+
+ private:
+  __device__ static uint32_t word(const T* row, int c, int head_dim, bool aligned) {
+    if (!row || c >= head_dim) return 0;
+    if (aligned) return detail::bits_as<uint32_t>(load_pack<2>(row + c));
+    Pack<T, 2> pair;
+    pair.v[0] = row[c];
+    pair.v[1] = c + 1 < head_dim ? row[c + 1] : T(0.f);
+    return detail::bits_as<uint32_t>(pair);
+  }
+};
+
+// float32: in shared memory, for a fragment is split into two tf32 each time and both would have to stay in registers.
+// The block's next barrier publishes them to the warp.
+template <int kDim>
+struct OwnRows<float, kDim> {
+  using C = AttnConfig<float, kDim>;
+  const float (*rows)[C::kStride];
+
+  template <typename RowAt>
+  __device__ void load(AttnStorage<float, kDim>& shared, RowAt&& row_at, int head_dim, bool) {
+    float (*mine)[C::kStride] = shared.own + warp_index() * C::kRowsPerWarp;
+    for (int r = 0; r < C::kRowsPerWarp; ++r) {
+      const float* row = row_at(r);
+      for (int c = lane_index(); c < kDim; c += kWarpSize) mine[r][c] = row && c < head_dim ? row[c] : 0.f;
+    }
+    rows = mine;
+  }
+};
+
+// acc[m][n] = own rows 16 m .. times streamed rows 8 n .. of the chunk that starts at tile.
+template <typename T, int kDim>
+__device__ inline void warp_multiply(float (&acc)[AttnConfig<T, kDim>::kRowTiles][AttnConfig<T, kDim>::kColTiles][4],
+                                     const OwnRows<T, kDim>& own, const T (*tile)[AttnConfig<T, kDim>::kStride]) {
+  using C = AttnConfig<T, kDim>;
+  const int lane = lane_index();
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kColTiles; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
+  }
+#pragma unroll
+  for (int s = 0; s < C::kSteps; ++s) {
+    if constexpr (C::kIsFloat) {
+      const float* low = own.rows[lane / 4] + 8 * s + lane % 4;
+      const float* high = low + 8 * C::kStride;
+      const float a[4] = {low[0], high[0], low[4], high[4]};
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; ++n) {
+        const T* row = tile[8 * n + lane / 4] + 8 * s + lane % 4;
+        const float b[2] = {row[0], row[4]};
+        mma_m16n8k8_3xtf32(acc[0][n], a, b);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < C::kColTiles; n += 2) {
+        uint32_t pair[4];
+        ldmatrix_x4(pair, &tile[8 * n + lane % 8 + 8 * (lane / 16)][16 * s + 8 * (lane / 8 % 2)]);
+        const uint32_t b[2][2] = {{pair[0], pair[1]}, {pair[2], pair[3]}};
+#pragma unroll
+        for (int m = 0; m < C::kRowTiles; ++m) {
+          mma_m16n8k16<T>(acc[m][n], own.a[m][s], b[0]);
+          mma_m16n8k16<T>(acc[m][n + 1], own.a[m][s], b[1]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tokred
