@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokred
-from tokred import _registry
+from tokred import _op, _registry
 from tokred.testing import assert_close
 
 OPS = [pytest.param(op, id=op.name) for op in _registry.ops()]
@@ -59,7 +59,9 @@ def test_opcheck(op, device):
         with Recorder() as recorder:
             op.function(*args, **kwargs)
         for func, call_args, call_kwargs in recorder.calls:
-            torch.library.opcheck(func, map_tensors(grown, call_args), map_tensors(grown, call_kwargs))
+            if op.name not in _op.forward_only:  # opcheck would call its backward, which raises
+                call_args, call_kwargs = map_tensors(grown, call_args), map_tensors(grown, call_kwargs)
+            torch.library.opcheck(func, call_args, call_kwargs)
             checked.add(func)
     assert checked
 

@@ -13,6 +13,9 @@ Sample = tuple[tuple[Any, ...], dict[str, Any]]
 
 _library = torch.library.Library("tokred", "IMPL")
 
+forward_only: set[str] = set()
+"""Names (with overload) of the ops that no_gradient was called for."""
+
 
 def no_gradient(name: str, hint: str) -> None:
     """Make the backward of ``tokred::name`` raise; ``hint`` says what to use instead."""
@@ -21,6 +24,7 @@ def no_gradient(name: str, hint: str) -> None:
         raise RuntimeError(f"{name.split('.')[0]}: has no gradient; {hint}")
 
     torch.library.register_autograd(f"tokred::{name}", backward, setup_context=lambda ctx, inputs, output: None)
+    forward_only.add(name)
 
 
 def autocast(name: str, num_cast: int) -> None:
