@@ -50,7 +50,8 @@ def fits(capability: tuple[int, int], archs: list[str]) -> str | None:
             return None
         if kind == "virtual" and number <= wanted:
             return None
-    return f'no kernel for sm_{wanted} in this build; rebuild from source with TOKRED_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}"'
+    arch = f"{capability[0]}.{capability[1]}"
+    return f'no kernel for sm_{wanted} in this build; rebuild from source with TOKRED_CUDA_ARCH_LIST="{arch}"'
 
 
 def _gpu_report(build_cuda: str | None, archs: list[str]) -> tuple[list[str], list[str], bool]:

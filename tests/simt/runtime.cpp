@@ -155,12 +155,15 @@ void set_failed(Worker& w, const std::string& what, void* pc) {
   w.message += "]";
 }
 
-[[noreturn]] void stop(Worker& w, const std::string& what, void* pc) {
+SIMT_NORETURN void stop(Worker& w, const std::string& what, void* pc) {
   set_failed(w, what, pc);
   if (!w.current) std::abort();  // only kernels call what ends here
   void* forgotten;
-  switch_stack(&forgotten, w.scheduler_sp);
-  std::abort();
+  // Volatile, or the compiler finds out that this never returns; see SIMT_NORETURN.
+  for (volatile bool forever = true; forever;) switch_stack(&forgotten, w.scheduler_sp);
+#ifndef __SANITIZE_ADDRESS__
+  __builtin_unreachable();
+#endif
 }
 
 std::string lanes_of(unsigned mask) {
@@ -257,7 +260,7 @@ void check_canaries(Worker& w) {
 struct sigaction previous_action;
 std::mutex action_mutex;
 
-[[noreturn]] void report_fault() {  // on the emergency stack
+SIMT_NORETURN void report_fault() {  // on the emergency stack
   Worker& w = *worker;
   const auto at = w.fault_address;
   const auto arena = reinterpret_cast<uintptr_t>(w.arena), map = reinterpret_cast<uintptr_t>(w.arena_map);
@@ -277,6 +280,9 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   if (w && w->current && info->si_code > 0) {
     w->fault_address = reinterpret_cast<uintptr_t>(info->si_addr);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(w->emergency_stack, kStackBytes);  // frames of an earlier fault
+#endif
     const auto top = reinterpret_cast<uintptr_t>(w->emergency_stack + kStackBytes) & ~uintptr_t{15};
 #if defined(__x86_64__)
     w->fault_pc = reinterpret_cast<void*>(machine.gregs[REG_RIP] + 1);  // +1: callers' addresses point behind, too
@@ -319,9 +325,7 @@ class FaultGuard {  // while a thread of the host runs blocks
     ours.ss_size = kBytes;
     sigaltstack(&ours, &before_);
   }
-  ~FaultGuard() {
-    sigaltstack(&before_, nullptr);
-  }
+  ~FaultGuard() { sigaltstack(&before_, nullptr); }
 
  private:
   static constexpr size_t kBytes = 64 << 10;
@@ -353,8 +357,7 @@ void fiber_main() {
            nullptr);
     }
   }
-  leave(w);
-  std::abort();
+  for (;;) leave(w);
 }
 
 void run_block(Worker& w, uint64_t linear, const dim3& grid) {
@@ -454,8 +457,8 @@ void run_blocks(Launch& launch) {
   w.order.resize(w.num_threads);
   for (unsigned t = 0; t < w.num_threads; ++t) {
     w.fibers[t].rank = t;
-    w.fibers[t].thread_idx = uint3{t % launch.block.x, t / launch.block.x % launch.block.y,
-                                   t / (launch.block.x * launch.block.y)};
+    w.fibers[t].thread_idx =
+        uint3{t % launch.block.x, t / launch.block.x % launch.block.y, t / (launch.block.x * launch.block.y)};
   }
   worker = &w;
   this_block = &w;
@@ -552,8 +555,8 @@ std::string place_of(const Fiber& fiber) {
 
 namespace {
 
-// "kernel.cu:12 < caller.cu:34", innermost first, without the emulator's own frames; empty if there are no others, or no
-// debug information.
+// "kernel.cu:12 < caller.cu:34", innermost first, without the emulator's own frames; empty if there are no others, or
+// no debug information.
 std::string kernel_lines_of(const Dl_info& info, uintptr_t offset) {
   const char* wanted = std::getenv("TOKRED_SIMT_ADDR2LINE");
   if (wanted && std::strcmp(wanted, "0") == 0) return "";
@@ -567,7 +570,8 @@ std::string kernel_lines_of(const Dl_info& info, uintptr_t offset) {
     std::string text(line);
     text = text.substr(0, text.find_first_of(" \n"));
     const bool emulator = text.find("simt/include/") != std::string::npos ||
-                          text.find("simt/runtime.") != std::string::npos || text.find("simt/race.") != std::string::npos;
+                          text.find("simt/runtime.") != std::string::npos ||
+                          text.find("simt/race.") != std::string::npos;
     if (emulator || text.compare(0, 2, "??") == 0 || frames == 3) continue;
     const size_t slash = text.rfind('/');
     lines += (frames++ ? " < " : "") + (slash == std::string::npos ? text : text.substr(slash + 1));
@@ -661,10 +665,18 @@ int barrier(Barrier kind, int predicate) {
   w.votes += predicate != 0;
   if (++w.waiting == w.num_threads) {
     switch (kind) {
-      case Barrier::kPlain: w.result = 0; break;
-      case Barrier::kOr: w.result = w.votes != 0; break;
-      case Barrier::kAnd: w.result = w.votes == static_cast<int>(w.num_threads); break;
-      case Barrier::kCount: w.result = w.votes; break;
+      case Barrier::kPlain:
+        w.result = 0;
+        break;
+      case Barrier::kOr:
+        w.result = w.votes != 0;
+        break;
+      case Barrier::kAnd:
+        w.result = w.votes == static_cast<int>(w.num_threads);
+        break;
+      case Barrier::kCount:
+        w.result = w.votes;
+        break;
     }
     w.waiting = 0;
     w.votes = 0;

@@ -14,6 +14,12 @@
 #else
 #define SIMT_UNSEEN
 #endif
+#ifdef __SANITIZE_ADDRESS__
+// Before a call that does not return, AddressSanitizer cleans the host thread's stack, and a fiber is not on it.
+#define SIMT_NORETURN
+#else
+#define SIMT_NORETURN [[noreturn]]
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -76,7 +82,7 @@ int launch(const GridAt& grid, dim3 block, size_t shared_bytes, const Body& body
 const char* error_string(int error);  // of the calling thread's last failed launch
 
 // Ends the launch with a message that names block and thread. Does not return.
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+SIMT_NORETURN void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 unsigned char* shared(size_t bytes_needed);  // the block's arena; an error if the launch gave less
 

@@ -1,0 +1,490 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+// Floor: metric read once and half of num_tokens^2 * dim flops per row. A block takes 64 sources and a share of the
+// destinations, 128 at a time: similarities appear in tensor-core accumulators, meet each row's running maximum there and
+// are gone. Accumulators are scaled by the rows' inverse norms, summed from the same tiles while they pass by: half and
+// bfloat16 values enter the product as they are, and metric is read by nothing else. A destination that nobody may choose
+// has the scale NaN, which loses every comparison. Maxima are exact, so the number of shares changes no bit; each share
+// writes 8 bytes per source, (key of the similarity, complement of the destination), and the larger one wins.
+// The second launch combines the shares, ranks the sources and numbers the output rows.
+#include "common/cp_async.cuh"
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+#include "common/topk.cuh"
+#include "merge/bipartite_match.h"
+
+namespace tokred {
+namespace {
+
+constexpr int kThreads = 128;      // four warps: two by rows, two by columns, 32 x 64 similarities each
+constexpr int kStepBytes = 128;    // of each row, per step: 32 floats or 64 halves
+constexpr int kStages = 3;         // 72 KiB: three blocks fill an SM of 227 KiB
+constexpr int kChunks = kStepBytes / 16;
+constexpr int kRowsPerPass = kThreads / kChunks;
+constexpr int kSrc = kBipartiteBlockSrc, kDst = kBipartiteBlockDst;
+
+// Rows of kStepBytes; the 16-byte chunks of a row are permuted so that eight rows of one column lie in different banks.
+template <int kRows>
+struct StepTile {
+  unsigned char bytes[kRows * kStepBytes];
+  __device__ unsigned char* chunk(int row, int column) {
+    return bytes + row * kStepBytes + (column ^ (row % kChunks)) * 16;
+  }
+};
+
+struct MatchStorage {
+  StepTile<kSrc> src[kStages];
+  StepTile<kDst> dst[kStages];
+  float src_scale[kSrc];
+  float dst_scale[kDst];
+  unsigned long long best[2][kSrc];  // of the two warps that share a row
+};
+
+// Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become zeros.
+template <typename T, bool kVectorLoads, int kRows>
+__device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t stride_row, int64_t num_rows,
+                                   int64_t first_column, int64_t dim) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+  const int column = static_cast<int>(threadIdx.x) % kChunks;
+  const int64_t begin = first_column + column * kPerChunk;
+  const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    if constexpr (kVectorLoads) {
+      const bool valid = row < num_rows && begin < dim;
+      cp_async_16(tile.chunk(row, column), valid ? from : rows, valid);
+    } else {
+      Pack<T, kPerChunk> pack;
+#pragma unroll
+      for (int c = 0; c < kPerChunk; ++c) pack.v[c] = row < num_rows && begin + c < dim ? from[c] : T(0.f);
+      store_pack(reinterpret_cast<T*>(tile.chunk(row, column)), pack);
+    }
+  }
+}
+
+// Adds the squares of what this thread itself has loaded; no barrier is needed for that.
+template <typename T, int kRows>
+__device__ inline void thread_add_squares(StepTile<kRows>& tile, float (&sum)[kRows / kRowsPerPass]) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+  const int column = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsPerPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    const auto pack = load_pack<kPerChunk>(reinterpret_cast<const T*>(tile.chunk(row, column)));
+#pragma unroll
+    for (int c = 0; c < kPerChunk; ++c) sum[i] += static_cast<float>(pack.v[c]) * static_cast<float>(pack.v[c]);
+  }
+}
+
+// Turns the sums of squares into what an accumulator of each row is multiplied by, and clears them.
+template <int kRows, typename Allowed>
+__device__ inline void write_scales(float (&sum)[kRows / kRowsPerPass], float* scale, const BipartiteMatchArgs& args,
+                                    const Allowed& allowed) {
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsPerPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    const float norm = sqrtf(warp_sum<kChunks>(sum[i]));
+    sum[i] = 0.f;
+    if (threadIdx.x % kChunks != 0) continue;
+    const float value = args.normalize ? 1.f / (norm < args.eps ? args.eps : norm) : 1.f;
+    scale[row] = allowed(row) ? value : __uint_as_float(0x7fc00000u);
+  }
+}
+
+// One warp's 32 x 64 corner of the product of a step; columns from num_cols on are left alone.
+template <typename T>
+__device__ inline void warp_product(StepTile<kSrc>& src, StepTile<kDst>& dst, int first_row, int first_col, int num_cols,
+                                    float (&acc)[2][8][4]) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int k = 0; k < kChunks; k += 2) {  // 32 bytes: the depth of one m16n8k16 of halves, one m16n8k8 of floats
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], src.chunk(first_row + 16 * m + lane % 16, k + lane / 16));
+    [[maybe_unused]] uint32_t a_small[2][4];
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const Tf32Pair pair = split_tf32(__uint_as_float(a[i / 4][i % 4]));
+        a[i / 4][i % 4] = pair.big;
+        a_small[i / 4][i % 4] = pair.small;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      if (first_col + 8 * n >= num_cols) break;  // the same in the whole warp
+      uint32_t quad[4];
+      ldmatrix_x4(quad, dst.chunk(first_col + 8 * n + lane % 8 + 8 * (lane / 16), k + lane / 8 % 2));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t b[2] = {quad[2 * h], quad[2 * h + 1]};
+        if constexpr (std::is_same_v<T, float>) {
+          const Tf32Pair low = split_tf32(__uint_as_float(b[0])), high = split_tf32(__uint_as_float(b[1]));
+          const uint32_t b_big[2] = {low.big, high.big}, b_small[2] = {low.small, high.small};
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {  // small terms first, as in mma_m16n8k8_3xtf32
+            mma_m16n8k8_tf32(acc[m][n + h], a_small[m], b_big);
+            mma_m16n8k8_tf32(acc[m][n + h], a[m], b_small);
+            mma_m16n8k8_tf32(acc[m][n + h], a[m], b_big);
+          }
+        } else {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(acc[m][n + h], a[m], b);
+        }
+      }
+    }
+  }
+}
+
+// The best similarity that this thread has seen for each of its four rows (index 2 m + h: row 16 m + 8 h + lane / 4 of the
+// warp's), and its column in the candidates; -1: nothing but NaN so far.
+struct ThreadBest {
+  float value[4];
+  int column[4];
+};
+
+// Folds a tile's accumulators and clears them. Columns ascend, only a larger value replaces, and a comparison with NaN is
+// false.
+__device__ inline void thread_fold(float (&acc)[2][8][4], const MatchStorage& shared, int first_row, int first_col,
+                                   int tile_begin, ThreadBest& best) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int m = r / 2, h = r % 2;
+    const float scale = shared.src_scale[first_row + 16 * m + 8 * h + lane / 4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int column = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+      float& value = acc[m][i / 2][2 * h + i % 2];
+      value = value * scale * shared.dst_scale[column];
+      if (value > best.value[r]) {
+        best.value[r] = value;
+        best.column[r] = tile_begin + column;
+      }
+    }
+    if (best.column[r] < 0) {  // -inf is a number, too
+#pragma unroll
+      for (int i = 15; i >= 0; --i) {
+        const int column = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+        if (acc[m][i / 2][2 * h + i % 2] == best.value[r]) best.column[r] = tile_begin + column;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0.f;
+}
+
+// Packs and joins what the lanes and warps that share a row have found; shared.best[*][row] is whole after the barrier.
+__device__ inline void block_join(const ThreadBest& best, int first_row, int warp_col, MatchStorage& shared) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    unsigned long long packed = 0;
+    if (best.column[r] >= 0) {
+      packed = static_cast<unsigned long long>(score_key(best.value[r])) << 32 |
+               (0xffffffffu - static_cast<unsigned>(best.column[r]));
+    }
+    packed = warp_reduce<4>(packed, Max());
+    if (lane_index() % 4 == 0) shared.best[warp_col][first_row + 16 * (r / 2) + 8 * (r % 2) + lane_index() / 4] = packed;
+  }
+  __syncthreads();  // both warps of each row have written
+}
+
+// Whether a destination of the row is free, given that protect is set; the same in the whole block.
+__device__ inline bool block_any_free(const uint8_t* protect, const BipartiteSets& sets) {
+  int free = 0;
+  for (int64_t j = sets.first_dst + threadIdx.x; j < sets.num_dst; j += blockDim.x) free |= !protect[2 * j + 1];
+  return __syncthreads_or(free) != 0;
+}
+
+// grid: batch_size * blocks of sources * splits, the splits of one block side by side: they read the same sources.
+template <typename T, bool kVectorLoads>
+__global__ void __launch_bounds__(kThreads) bipartite_match_kernel(const BipartiteMatchArgs args, int num_splits) {
+  TOKRED_SHARED(MatchStorage, shared);
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  const int num_blocks = static_cast<int>(ceil_div<int64_t>(sets.candidate_src(), kSrc));
+  const int num_tiles = static_cast<int>(ceil_div<int64_t>(sets.candidate_dst(), kDst));
+  const int split = static_cast<int>(blockIdx.x) % num_splits;
+  const int src_begin = static_cast<int>(blockIdx.x) / num_splits % num_blocks * kSrc;
+  const int64_t batch_idx = blockIdx.x / static_cast<unsigned>(num_splits) / static_cast<unsigned>(num_blocks);
+  const int tile_begin = static_cast<int>(int64_t{num_tiles} * split / num_splits);
+  const int tile_end = static_cast<int>(int64_t{num_tiles} * (split + 1) / num_splits);
+  const int num_dst = static_cast<int>(sets.candidate_dst()), num_src = static_cast<int>(sets.candidate_src());
+  const int num_steps = static_cast<int>(max(ceil_div<int64_t>(args.dim * sizeof(T), kStepBytes), int64_t{1}));
+
+  const int64_t stride_row = 2 * args.stride_token;
+  const T* metric = static_cast<const T*>(args.metric) + batch_idx * args.stride_batch;
+  const T* src_rows = metric + (sets.first_src + src_begin) * stride_row;
+  const T* dst_rows = metric + sets.first_dst * stride_row + args.stride_token;
+  const uint8_t* protect = args.protect ? args.protect + batch_idx * args.num_tokens : nullptr;
+  if (protect && !block_any_free(protect, sets)) protect = nullptr;
+
+  const int total = (tile_end - tile_begin) * num_steps;
+  int load_tile = tile_begin, load_step = 0;
+  const auto load = [&](int it) {  // called for it = 0, 1, ...
+    if (it < total) {
+      const int stage = it % kStages;
+      const int64_t column = int64_t{load_step} * (kStepBytes / sizeof(T));
+      thread_load<T, kVectorLoads>(shared.src[stage], src_rows, stride_row, num_src - src_begin, column, args.dim);
+      thread_load<T, kVectorLoads>(shared.dst[stage], dst_rows + int64_t{load_tile} * kDst * stride_row, stride_row,
+                                   num_dst - load_tile * kDst, column, args.dim);
+      if (++load_step == num_steps) {
+        load_step = 0;
+        ++load_tile;
+      }
+    }
+    cp_async_commit();
+  };
+
+  const int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64;
+  float acc[2][8][4] = {}, src_squares[kSrc / kRowsPerPass] = {}, dst_squares[kDst / kRowsPerPass] = {};
+  ThreadBest best;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    best.value[r] = -__uint_as_float(0x7f800000u);
+    best.column[r] = -1;
+  }
+  for (int it = 0; it < kStages - 1; ++it) load(it);
+  int tile = tile_begin, step = 0;
+  for (int it = 0; it < total; ++it) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // step it is there for all, and step it - 1 is read by all
+    load(it + kStages - 1);
+    const int stage = it % kStages, dst_begin = tile * kDst;
+    if (args.normalize) {
+      if (tile == tile_begin) thread_add_squares<T>(shared.src[stage], src_squares);
+      thread_add_squares<T>(shared.dst[stage], dst_squares);
+    }
+    warp_product<T>(shared.src[stage], shared.dst[stage], first_row, first_col, num_dst - dst_begin, acc);
+    if (++step < num_steps) continue;
+    // The scales' readers of the tile before have passed this step's barrier.
+    if (tile == tile_begin) write_scales<kSrc>(src_squares, shared.src_scale, args, [](int) { return true; });
+    write_scales<kDst>(dst_squares, shared.dst_scale, args, [&](int row) {
+      const int j = dst_begin + row;
+      return j < num_dst && !(protect && protect[2 * (sets.first_dst + j) + 1]);
+    });
+    __syncthreads();  // the scales are written
+    thread_fold(acc, shared, first_row, first_col, dst_begin, best);
+    step = 0;
+    ++tile;
+  }
+  cp_async_wait<0>();
+  block_join(best, first_row, warp_index() / 2, shared);
+  const int row = static_cast<int>(threadIdx.x);
+  if (row < kSrc && src_begin + row < num_src) {
+    const unsigned long long packed = max(shared.best[0][row], shared.best[1][row]);
+    args.partial[(split * args.batch_size + batch_idx) * num_src + src_begin + row] = packed;
+  }
+}
+
+// The first destination that a source of the row may take, after first_dst; valid in every thread.
+__device__ inline int block_first_free(const uint8_t* protect, const BipartiteSets& sets, BlockScratch& scratch) {
+  if (!protect) return 0;
+  const int num_dst = static_cast<int>(sets.candidate_dst());
+  int first = num_dst;
+  for (int j = static_cast<int>(threadIdx.x); j < num_dst && first == num_dst; j += static_cast<int>(blockDim.x)) {
+    if (!protect[2 * (sets.first_dst + j) + 1]) first = j;
+  }
+  first = block_min(first, scratch);
+  return first < num_dst ? first : 0;
+}
+
+// What the shares have found for candidate source i of a row.
+struct SourceMatch {
+  uint32_t key;   // its place in the order of merging
+  float score;
+  int64_t token;  // of the destination, -1: there is none
+};
+__device__ inline SourceMatch combine(const BipartiteMatchArgs& args, const BipartiteSets& sets, int64_t batch_idx,
+                                      int num_splits, int i, int first_free) {
+  const int64_t token = batch_idx * args.num_tokens + 2 * (sets.first_src + i);
+  const bool blocked = args.protect && args.protect[token];
+  const float lowest = -__uint_as_float(0x7f800000u);
+  if (sets.candidate_dst() == 0) return {kKeyExcluded, lowest, -1};
+  unsigned long long packed = 0;
+  for (int split = 0; split < num_splits; ++split) {
+    const auto at = (split * args.batch_size + batch_idx) * sets.candidate_src() + i;
+    packed = max(packed, static_cast<unsigned long long>(args.partial[at]));
+  }
+  const uint32_t key = packed ? static_cast<uint32_t>(packed >> 32) : kKeyNaN;
+  const int j = packed ? static_cast<int>(0xffffffffu - static_cast<uint32_t>(packed)) : first_free;
+  const float score =
+      packed ? __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key) : __uint_as_float(0x7fc00000u);
+  return {blocked ? kKeyExcluded : key, blocked ? lowest : score, 2 * (sets.first_dst + j) + 1};
+}
+
+// Outputs that follow from the position alone: of destination i, and of source i where it is no candidate.
+__device__ inline void write_unmatched(const BipartiteMatchArgs& args, const BipartiteSets& sets, int64_t batch_idx,
+                                       int64_t i) {
+  const int64_t at = batch_idx * args.num_tokens + 2 * i;
+  const float lowest = -__uint_as_float(0x7f800000u);
+  if (i < sets.first_src) {
+    args.match_idx[at] = -1;
+    args.score[at] = lowest;
+  }
+  if (i < sets.num_dst) {
+    args.match_idx[at + 1] = -1;
+    args.score[at + 1] = lowest;
+  }
+}
+
+struct NumberStorage {
+  BlockTopkScratch topk;
+};
+
+// Orders "index" and "grouped": one block per row selects the merged sources and counts them before each token.
+// kItems keys of each thread stay in registers; 0: they are read from score again.
+template <int kItems>
+__global__ void __launch_bounds__(kBipartiteNumberThreads) bipartite_number_kernel(const BipartiteMatchArgs args,
+                                                                                   int num_splits) {
+  TOKRED_SHARED(NumberStorage, shared);
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  const int64_t batch_idx = blockIdx.x;
+  const int n = static_cast<int>(sets.candidate_src()), threads = static_cast<int>(blockDim.x);
+  int64_t* match_idx = args.match_idx + batch_idx * args.num_tokens;
+  float* score = args.score + batch_idx * args.num_tokens;
+  int64_t* row_of = args.dst_idx + batch_idx * args.num_tokens;
+  const uint8_t* protect = args.protect ? args.protect + batch_idx * args.num_tokens : nullptr;
+  const int first_free = block_first_free(protect, sets, shared.topk.block);
+  const bool by_index = args.order == MatchOrder::kIndex;
+  const int64_t num_unmerged = sets.num_src - args.r;
+
+  const auto match = [&](int i) {
+    const SourceMatch found = combine(args, sets, batch_idx, num_splits, i, first_free);
+    match_idx[2 * (sets.first_src + i)] = found.token;
+    score[2 * (sets.first_src + i)] = found.score;
+    return found.key;
+  };
+  for (int64_t i = threadIdx.x; i < sets.num_src; i += threads) write_unmatched(args, sets, batch_idx, i);
+  for (int64_t i = threadIdx.x; i < sets.first_src; i += threads) {  // before all merged sources
+    row_of[2 * i] = by_index ? 2 * i : i;
+    if (i < sets.num_dst) row_of[2 * i + 1] = by_index ? 2 * i + 1 : num_unmerged + i;
+  }
+
+  const auto number = [&](const auto& keys) {
+    const int r = static_cast<int>(args.r);
+    TopkBound bound{0xffffffffu, 0};  // no key is as large
+    if (r > 0) bound = block_topk_bound(keys, r, shared.topk);
+    int gone = 0, ties = 0;  // merged and tied, in the tiles before this one
+    keys.for_each_tile([&](int i, uint32_t key) {
+      const int above = i < n && key > bound.bound, tied = i < n && key == bound.bound;
+      int total;
+      const int before = block_exclusive_scan((above << 16) | tied, shared.topk.block, &total);  // at most 1024 each
+      const int ties_before = ties + (before & 0xffff);
+      const int merged = above || (tied && ties_before < bound.num_ties);
+      const int gone_before =
+          gone + (before >> 16) + min(ties_before, bound.num_ties) - min(ties, bound.num_ties);
+      if (i < n) {
+        const int64_t src = sets.first_src + i;
+        row_of[2 * src] = merged ? -1 : (by_index ? 2 * src : src) - gone_before;
+        if (src < sets.num_dst) {
+          row_of[2 * src + 1] = by_index ? 2 * src + 1 - gone_before - merged : num_unmerged + src;
+        }
+      }
+      gone += (total >> 16) + min(ties + (total & 0xffff), bound.num_ties) - min(ties, bound.num_ties);
+      ties += total & 0xffff;
+    });
+  };
+  if constexpr (kItems > 0) {
+    RegisterKeys<kItems> keys;
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      const int i = item * threads + static_cast<int>(threadIdx.x);
+      keys.key[item] = i < n ? match(i) : kKeyExcluded;
+    }
+    number(keys);
+  } else {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += threads) match(i);
+    const auto key_at = [&](int i) {  // of a source that this thread has matched
+      const int64_t token = 2 * (sets.first_src + i);
+      return protect && protect[token] ? kKeyExcluded : score_key(score[token]);
+    };
+    number(StreamKeys<decltype(key_at)>{key_at, n});
+  }
+  __syncthreads();  // the rows of all destinations are written
+  for (int64_t i = sets.first_src + threadIdx.x; i < sets.num_src; i += threads) {
+    if (row_of[2 * i] < 0) row_of[2 * i] = row_of[match_idx[2 * i]];
+  }
+}
+
+struct RankStorage {
+  BlockScratch block;
+  unsigned long long tile[kBipartiteRankThreads];
+};
+
+// Order "score": a source's rank is the number of sources before it, counted by comparing it with all: quadratic, but
+// spread over all SMs and a fraction of the matching's own quadratic work. grid: batch_size * blocks of sources.
+__global__ void __launch_bounds__(kBipartiteRankThreads) bipartite_rank_kernel(const BipartiteMatchArgs args,
+                                                                               int num_splits) {
+  TOKRED_SHARED(RankStorage, shared);
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  const int num_blocks = static_cast<int>(ceil_div<int64_t>(sets.num_src, kBipartiteRankThreads));
+  const int64_t batch_idx = blockIdx.x / static_cast<unsigned>(num_blocks);
+  const int64_t src = int64_t{blockIdx.x % static_cast<unsigned>(num_blocks)} * kBipartiteRankThreads + threadIdx.x;
+  const int n = static_cast<int>(sets.candidate_src());
+  const uint8_t* protect = args.protect ? args.protect + batch_idx * args.num_tokens : nullptr;
+  const int first_free = block_first_free(protect, sets, shared.block);
+  // Larger is earlier: the key, then the lower index. Unique, and never 0.
+  const auto place_of = [&](int i) {
+    const uint32_t key = combine(args, sets, batch_idx, num_splits, i, first_free).key;
+    return static_cast<unsigned long long>(key) << 32 | (0xffffffffu - static_cast<unsigned>(i));
+  };
+  const bool candidate = src >= sets.first_src && src < sets.num_src;
+  const int own = static_cast<int>(src - sets.first_src);
+  const unsigned long long place = candidate ? place_of(own) : ~0ull;
+  int rank = 0;
+  for (int begin = 0; begin < n; begin += kBipartiteRankThreads) {
+    const int i = begin + static_cast<int>(threadIdx.x);
+    shared.tile[threadIdx.x] = i < n ? place_of(i) : 0;
+    __syncthreads();  // the tile is whole
+#pragma unroll 8
+    for (int t = 0; t < kBipartiteRankThreads; ++t) rank += shared.tile[t] > place;
+    __syncthreads();  // the tile is read
+  }
+  if (src >= sets.num_src) return;
+  int64_t* row_of = args.dst_idx + batch_idx * args.num_tokens + 2 * src;
+  const int64_t num_unmerged = sets.num_src - args.r;
+  write_unmatched(args, sets, batch_idx, src);
+  if (src < sets.num_dst) row_of[1] = num_unmerged + src;
+  if (!candidate) {
+    row_of[0] = n - args.r + src;  // the first tokens come after all candidates
+    return;
+  }
+  const SourceMatch found = combine(args, sets, batch_idx, num_splits, own, first_free);
+  args.match_idx[batch_idx * args.num_tokens + 2 * src] = found.token;
+  args.score[batch_idx * args.num_tokens + 2 * src] = found.score;
+  row_of[0] = rank < args.r ? num_unmerged + found.token / 2 : rank - args.r;
+}
+
+}  // namespace
+
+int bipartite_match_cuda(const BipartiteMatchArgs& args, CUstream_st* stream) {
+  if (args.batch_size == 0 || args.num_tokens == 0) return cudaSuccess;
+  const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
+  const BipartiteMatchPolicy policy = choose_policy(args, reinterpret_cast<uint64_t>(args.metric));
+  int error = cudaSuccess;
+  if (policy.match_blocks > 0) {
+    dispatch_float(args.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const dim3 grid(static_cast<unsigned>(policy.match_blocks)), block(kThreads);
+      error = policy.vector_loads ? launch(bipartite_match_kernel<T, true>, grid, block, sizeof(MatchStorage), stream,
+                                           args, policy.num_splits)
+                                  : launch(bipartite_match_kernel<T, false>, grid, block, sizeof(MatchStorage), stream,
+                                           args, policy.num_splits);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  if (args.order == MatchOrder::kScore) {
+    const int64_t blocks = ceil_div<int64_t>(sets.num_src, kBipartiteRankThreads);
+    return launch(bipartite_rank_kernel, dim3(static_cast<unsigned>(args.batch_size * blocks)),
+                  dim3(kBipartiteRankThreads), sizeof(RankStorage), stream, args, policy.num_splits);
+  }
+  const dim3 grid(static_cast<unsigned>(args.batch_size)), block(static_cast<unsigned>(policy.number_threads));
+  (void)dispatch_int<0, 1, 4>(policy.number_items, [&](auto items) {
+    error = launch(bipartite_number_kernel<decltype(items)::value>, grid, block, sizeof(NumberStorage), stream, args,
+                   policy.num_splits);
+  });
+  return error;
+}
+
+}  // namespace tokred

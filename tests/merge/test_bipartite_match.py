@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokred
+from tokred.testing import assert_close
+
+reference = importlib.import_module("tokred.merge.bipartite_match").reference
+
+ORDERS = ["index", "grouped", "score"]
+
+
+def similarities(metric, normalize=True):
+    """[batch, sources, destinations] in float64."""
+    value = metric.double().cpu()
+    if normalize:
+        value = value / value.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return value[:, ::2] @ value[:, 1::2].transpose(1, 2)
+
+
+def selection(score, r, num_protected, protect, order):
+    """The map that follows from score and match by the rules, written as loops over one row; match comes later."""
+    num_src = (len(score) + 1) // 2
+    first = (num_protected + 1) // 2
+
+    def rank(i):  # smaller is better
+        if i < first:
+            return (3, 0, 0, i)
+        if protect is not None and protect[2 * i]:
+            return (2, 0, 0, i)
+        value = score[2 * i].item()
+        return (0, 0, -value, i) if value == value else (1, 0, 0, i)
+
+    ranked = sorted(range(num_src), key=rank)
+    return set(ranked[:r]), ranked[r:] if order == "score" else sorted(ranked[r:])
+
+
+def layout(score, match, r, num_protected, protect, order):
+    num_tokens = len(score)
+    merged, unmerged = selection(score, r, num_protected, protect, order)
+    if order == "index":
+        rows = [t for t in range(num_tokens) if t % 2 or t // 2 not in merged]
+    else:
+        rows = [2 * i for i in unmerged] + list(range(1, num_tokens, 2))
+    place = {token: row for row, token in enumerate(rows)}
+    return [place[match[t].item()] if t % 2 == 0 and t // 2 in merged else place[t] for t in range(num_tokens)]
+
+
+def check(metric, r, *, num_protected=0, protect=None, normalize=True, order="index", exact=False, atol=None):
+    """Scores against float64, the match by its similarity, and the map exactly as it follows from both."""
+    options = {"num_protected": num_protected, "protect": protect, "normalize": normalize, "order": order}
+    dst_idx, match_idx, score = (t.cpu() for t in tokred.bipartite_match(metric, r, **options, return_score=True))
+    batch_size, num_tokens, dim = metric.shape
+    assert dst_idx.dtype == match_idx.dtype == torch.int64 and score.dtype == torch.float32
+    expected = [t.cpu() for t in reference(metric.double(), r, **options, return_score=True)]
+    if exact:
+        assert_close([dst_idx, match_idx, score], [*expected[:2], expected[2].float()], rtol=0, atol=0)
+    # Sums of dim products of unit vectors in float32: dim * 2^-24 at the worst, about sqrt(dim) of that in truth; norms add
+    # two roundings. Inputs are compared as they are, so half and bfloat16 have the same bound.
+    atol = atol or 4e-6
+    assert_close(score, expected[2].float(), rtol=1e-6, atol=atol)
+    assert torch.equal(match_idx < 0, expected[1] < 0) and torch.equal(match_idx >= 0, (match_idx % 2 == 1) & (match_idx >= num_protected))
+    similarity, source = similarities(metric, normalize), match_idx[:, ::2] >= 0
+    if source.any():
+        chosen, best = (
+            similarity.gather(2, m[:, ::2, None].clamp_min(1) // 2)[..., 0] for m in (match_idx, expected[1])
+        )
+        equal = match_idx[:, ::2] == expected[1][:, ::2]
+        assert (equal | (chosen >= best - 2 * atol))[source].all()
+    for b in range(batch_size):
+        mask = None if protect is None else protect[b].cpu()
+        assert dst_idx[b].tolist() == layout(score[b], match_idx[b], r, num_protected, mask, order)
+        if num_tokens:
+            count = torch.bincount(dst_idx[b], minlength=num_tokens - r)
+            assert len(count) == num_tokens - r and (count > 0).all()
+    assert_close(tokred.bipartite_match(metric, r, **options).cpu(), dst_idx)
+    return dst_idx, match_idx, score
+
+
+def tome_steps(metric, r):
+    """ToMe's steps, one after the other, for one image without protected tokens, in float64."""
+    value = metric.double()
+    value = value / value.norm(dim=-1, keepdim=True)
+    best, column = (value[::2] @ value[1::2].T).max(dim=1)
+    order = best.argsort(descending=True)
+    src, unmerged = order[:r], order[r:]
+    out = torch.full((len(metric),), -1)
+    out[2 * unmerged] = torch.arange(len(unmerged))
+    out[1::2] = len(unmerged) + torch.arange(len(metric) // 2)
+    out[2 * src] = len(unmerged) + column[src]
+    return out
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 32, 65, 197])
+def test_tome_steps(device, num_tokens):
+    metric = torch.randn(3, num_tokens, 48, dtype=torch.float64)
+    r = num_tokens // 3
+    actual = tokred.bipartite_match(metric.float().to(device), r, order="score").cpu()
+    assert_close(actual, torch.stack([tome_steps(row, r) for row in metric]))
+
+
+def max_r(num_tokens, num_protected):
+    if num_tokens // 2 <= num_protected // 2:
+        return 0
+    return (num_tokens + 1) // 2 - (num_protected + 1) // 2
+
+
+# Around a vector, a warp, a tile of 64 sources or 128 destinations, the CPU's tiles; then ViTs.
+SIZES = [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 129, 197, 257, 577]
+
+
+@pytest.mark.parametrize("num_tokens", SIZES)
+def test_sizes(device, num_tokens, simt, dtype):
+    if simt and (num_tokens > 600 or (num_tokens > 200 and dtype == torch.float16)):
+        return
+    for num_protected in range(4):
+        if num_protected > num_tokens:
+            break
+        metric = torch.randn(2, num_tokens, 24).to(device, dtype)
+        most = max_r(num_tokens, num_protected)
+        for i, r in enumerate({0, min(1, most), most // 3, most}):
+            check(metric, r, num_protected=num_protected, order=ORDERS[(i + num_protected) % 3])
+
+
+# One element, around a 16-byte load, a k step of 32 floats or 64 halves, several steps, longer than the pipeline.
+@pytest.mark.parametrize("dim", [1, 2, 7, 8, 9, 16, 31, 33, 40, 64, 65, 72, 80, 96, 128, 200, 320, 513])
+def test_dims(device, dim, dtype):
+    metric = torch.randn(2, 77, dim).to(device, dtype)
+    for order in ORDERS:
+        check(metric, 20, order=order)
+    check(metric, 20, normalize=False, num_protected=1, atol=1e-5 * dim**0.5 * 4)
+
+
+def planted(batch_size, num_tokens, dim, dtype, device):
+    """Small integers: every product and sum is exact, and most similarities tie."""
+    return torch.randint(-2, 3, (batch_size, num_tokens, dim)).to(device, dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 70, 300, 601])
+def test_exact_ties(device, num_tokens, dtype):
+    metric = planted(2, num_tokens, 5, dtype, device)
+    for order in ORDERS:
+        for num_protected in (0, 1, 2):
+            check(metric, num_tokens // 4, num_protected=num_protected, normalize=False, order=order, exact=True)
+    same = torch.ones(1, num_tokens, 40, device=device, dtype=dtype)
+    dst_idx, match_idx, _ = check(same, num_tokens // 5, normalize=False, exact=True)
+    assert (match_idx[0, ::2] == 1).all()
+    if num_tokens > 5:
+        assert dst_idx[0, 0] == dst_idx[0, 2] == dst_idx[0, 1]
+
+
+@pytest.mark.parametrize("num_tokens", [9, 140, 530])
+def test_protect_mask(device, num_tokens, dtype):
+    metric = planted(6, num_tokens, 6, dtype, device)
+    protect = torch.rand(6, num_tokens).lt(0.3)
+    protect[1] = True  # violates the precondition: all sources protected, no destination left
+    protect[2, 1::2] = True
+    protect[3, ::2] = True
+    protect[4, : num_tokens // 2] = True
+    protect[5] = False
+    for order in ORDERS:
+        for num_protected in (0, 1, 3):
+            r = max_r(num_tokens, num_protected) // 2
+            check(metric, r, num_protected=num_protected, protect=protect.to(device), normalize=False, order=order, exact=True)
+    unprotected = tokred.bipartite_match(metric[5:], 3, normalize=False, return_score=True)
+    with_mask = tokred.bipartite_match(metric, 3, protect=protect.to(device), normalize=False, return_score=True)
+    assert_close([t[5:] for t in with_mask], unprotected, rtol=0, atol=0)
+
+
+def test_protected_tokens_stay_alone(device):
+    metric = torch.randn(4, 90, 16, device=device)
+    protect = torch.rand(4, 90, device=device) < 0.5
+    dst_idx = tokred.bipartite_match(metric, 8, protect=protect, num_protected=2)
+    for b in range(4):
+        members = torch.bincount(dst_idx[b], minlength=82)
+        alone = protect[b].clone()
+        alone[:2] = True
+        assert (members[dst_idx[b][alone]] == 1).all()
+
+
+@pytest.mark.parametrize("num_tokens", [6, 151, 300])
+def test_zero_nan_inf(device, num_tokens, dtype):
+    metric = torch.randn(4, num_tokens, 20)
+    metric[0, ::3] = 0  # similarity 0 to everything
+    metric[1, 2] = float("nan")  # a source and a destination without a number
+    metric[1, 3, 5] = float("nan")
+    metric[2] = float("nan")
+    metric[3] = 0
+    metric = metric.to(device, dtype)
+    for order in ORDERS:
+        for num_protected in (0, 2):
+            check(metric, num_tokens // 3, num_protected=num_protected, order=order)
+    dst_idx, match_idx, score = tokred.bipartite_match(metric, 1, num_protected=2, return_score=True)
+    assert (match_idx[2, 2::2] == 3).all() and score[2, 2::2].isnan().all()
+    protect = torch.zeros(4, num_tokens, dtype=torch.bool, device=device)
+    protect[:, 1:4] = True
+    assert (tokred.bipartite_match(metric, 1, protect=protect, return_score=True)[1][2, ::2] == 5).all()
+    # Without a bound on the norm a zero vector has no direction, as in ToMe.
+    score = tokred.bipartite_match(metric, 0, eps=0.0, return_score=True)[2]
+    assert score[3, ::2].isnan().all()
+
+
+def test_minus_infinity_is_a_number(device):
+    """Similarities that overflow: -inf, then NaN."""
+    metric = torch.zeros(1, 8, 2, dtype=torch.bfloat16, device=device)
+    metric[0, ::2, 0] = -3e38
+    metric[0, 1::2, 0] = torch.tensor([float("nan"), 3e38, 3e38, float("nan")])
+    check(metric, 2, normalize=False, exact=True)
+    metric[0, 3] = float("nan")
+    metric[0, 5] = float("nan")
+    check(metric, 2, normalize=False, exact=True)
+
+
+def test_views(device, dtype):
+    base = torch.randn(2, 80, 60).to(device, dtype)
+    for view in (
+        base[:, :, 1:34],  # misaligned
+        base[:, :, :32],
+        base[:, 1::3],
+        base.transpose(0, 1).contiguous().transpose(0, 1),
+        base[:1].expand(3, 80, 60),
+        base[:, :1].expand(2, 50, 60),
+    ):
+        check(view, 9, num_protected=1)
+
+
+def test_keys_of_heads(device):
+    """ToMe's metric: keys averaged over heads, here a mean that leaves odd strides."""
+    keys = torch.randn(2, 3, 50, 8, device=device)
+    check(keys.mean(1), 9)
+    check(keys.permute(0, 2, 1, 3).flatten(2), 9, order="score")
+
+
+def test_offsets_beyond_2_31(device):
+    base = torch.empty(2**32, dtype=torch.float16, device=device)
+    metric = base.as_strided((3, 5, 8), (700, 2**30 - 707, 1))
+    metric.copy_(torch.randn(3, 5, 8))
+    check(metric, 2)
+    metric = base.as_strided((2, 33, 8), (2**31 + 8, 16, 1))
+    metric.copy_(torch.randn(2, 33, 8))
+    check(metric, 9)
+
+
+@given(st.data())
+def test_any_call(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    num_tokens = data.draw(st.integers(0, 80))
+    num_protected = data.draw(st.integers(0, min(num_tokens, 5)))
+    r = data.draw(st.integers(0, max_r(num_tokens, num_protected)))
+    batch_size, dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    metric = planted(batch_size, num_tokens, dim, torch.float32, device)
+    protect = torch.rand(batch_size, num_tokens, device=device) < data.draw(st.sampled_from([0.1, 0.5, 0.9]))
+    check(
+        metric,
+        r,
+        num_protected=num_protected,
+        protect=data.draw(st.sampled_from([None, protect])),
+        normalize=False,
+        order=data.draw(st.sampled_from(ORDERS)),
+        exact=True,
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 130, 24), (3, 600, 64)])
+def test_row_is_independent_of_its_batch(device, threads, dtype, shape):
+    metric = torch.randn(*shape).to(device, dtype)
+    protect = torch.rand(*shape[:2], device=device) < 0.2
+
+    def both():
+        return [tokred.bipartite_match(metric, 20, protect=p, order="score", return_score=True) for p in (None, protect)]
+
+    alone = [
+        [
+            torch.cat(rows)
+            for rows in zip(
+                *(
+                    tokred.bipartite_match(
+                        metric[b : b + 1],
+                        20,
+                        protect=None if p is None else p[b : b + 1],
+                        order="score",
+                        return_score=True,
+                    )
+                    for b in range(shape[0])
+                )
+            )
+        ]
+        for p in (None, protect)
+    ]
+    for result in threads(both):
+        assert_close(result, alone, rtol=0, atol=0)
+
+
+def test_empty(device):
+    for shape in ((0, 7, 4), (2, 0, 4), (2, 1, 4), (2, 7, 0), (0, 0, 0)):
+        check(torch.randn(*shape, device=device), 0)
+        check(torch.randn(*shape, device=device), 0, protect=torch.ones(shape[:2], dtype=torch.bool, device=device))
+    dst_idx, match_idx, score = check(torch.randn(2, 7, 0, device=device), 3)  # all similarities are 0
+    assert (match_idx[:, ::2] == 1).all()
+
+
+def test_long(device, simt):
+    """More sources than one block keeps, several tiles and splits."""
+    num_tokens = 2500 if simt else 9000
+    metric = planted(1, num_tokens, 3, torch.float32, device)
+    for order in ORDERS:
+        actual = tokred.bipartite_match(metric, num_tokens // 5, normalize=False, order=order, return_score=True)
+        expected = reference(metric, num_tokens // 5, normalize=False, order=order, return_score=True)
+        assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_backward_raises(device):
+    metric = torch.randn(2, 9, 4, device=device, requires_grad=True)
+    dst_idx, match_idx, score = tokred.bipartite_match(metric, 2, return_score=True)
+    assert not dst_idx.requires_grad and not match_idx.requires_grad
+    with pytest.raises(RuntimeError, match="bipartite_match: has no gradient; merge by its dst_idx with segment_merge"):
+        score[:, ::2].sum().backward()
+
+
+def test_vmap(device):
+    metric = torch.randn(2, 11, 3, 4, device=device)
+    protect = torch.rand(3, 2, 11, device=device) < 0.2
+    mapped = torch.vmap(
+        lambda m, p: tokred.bipartite_match(m, 3, protect=p, num_protected=1, return_score=True), in_dims=(2, 0)
+    )(metric, protect)
+    for i in range(3):
+        alone = tokred.bipartite_match(
+            metric[:, :, i].contiguous(), 3, protect=protect[i], num_protected=1, return_score=True
+        )
+        assert_close([m[i] for m in mapped], alone, rtol=0, atol=0)
+
+
+def test_autocast_leaves_metric_alone(device):
+    metric = torch.randn(2, 50, 8, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = tokred.bipartite_match(metric, 9, return_score=True)
+    assert_close(inside, tokred.bipartite_match(metric, 9, return_score=True), rtol=0, atol=0)
+
+
+BAD_R = "the number of unprotected sources (even tokens) when there is an unprotected destination (odd token), got"
+ERRORS = {
+    f"expected r in [0, 4], {BAD_R} 5": lambda m: tokred.bipartite_match(m, 5),
+    f"expected r in [0, 4], {BAD_R} -1": lambda m: tokred.bipartite_match(m, -1),
+    f"expected r in [0, 3], {BAD_R} 4": lambda m: tokred.bipartite_match(m, 4, num_protected=1),
+    f"expected r in [0, 0], {BAD_R} 1": lambda m: tokred.bipartite_match(m, 1, num_protected=6),
+    "expected num_protected in [0, 7], got 8": lambda m: tokred.bipartite_match(m, 0, num_protected=8),
+    "expected num_protected in [0, 7], got -1": lambda m: tokred.bipartite_match(m, 0, num_protected=-1),
+    "expected metric of shape [batch_size, num_tokens, dim], got [7, 4]": lambda m: tokred.bipartite_match(m[0], 1),
+    "expected metric of dtype float32, float16 or bfloat16, got float64": lambda m: tokred.bipartite_match(m.double(), 1),
+    "expected metric contiguous in its last dimension, got strides [28, 1, 7]": (
+        lambda m: tokred.bipartite_match(m.transpose(1, 2).contiguous().transpose(1, 2), 1)
+    ),
+    'expected order "index", "grouped" or "score", got "size"': lambda m: tokred.bipartite_match(m, 1, order="size"),
+    "expected eps >= 0, got -1": lambda m: tokred.bipartite_match(m, 1, eps=-1.0),
+    "expected protect of dtype bool, got float32": lambda m: tokred.bipartite_match(m, 1, protect=m[:, :, 0].contiguous()),
+    "expected protect of shape [batch_size, num_tokens] = [2, 7], got [2, 4]": (
+        lambda m: tokred.bipartite_match(m, 1, protect=m[:, :4, 0].contiguous() > 0)
+    ),
+    "expected protect contiguous, got strides [0, 1]": (
+        lambda m: tokred.bipartite_match(m, 1, protect=(m[:1, :, 0] > 0).expand(2, 7))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(device, message):
+    with pytest.raises(RuntimeError) as caught:
+        ERRORS[message](torch.randn(2, 7, 4, device=device))
+    assert f"bipartite_match: {message}" in str(caught.value)
