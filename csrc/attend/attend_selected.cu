@@ -250,7 +250,7 @@ __device__ inline void block_finish(const AttendSelectedArgs& a, const Launch& l
   const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
   const int dim_v = static_cast<int>(a.v.dim);
   float* all = reinterpret_cast<float*>(s.ring);
-  __syncthreads();  // all warps are done with the ring
+  __syncthreads();  // all warps are done with the ring; the group of copies that is still open is empty
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
@@ -356,7 +356,6 @@ __global__ void __launch_bounds__(Tile<T, kDim>::kWarps* kWarpSize, Tile<T, kDim
     warp_softmax_step(score, state);
     warp_add_values<T, kDim>(score, s.ring[warp][stage][1], dim_v, state.acc);
   }
-  cp_async_wait<0>();
   block_finish(a, launch, at, state, s);
 }
 

@@ -8,7 +8,7 @@
 
 #include "attend/attend_selected.h"
 #include "common/parallel.h"
-#include "attend/vector16.h"
+#include "common/vec16.h"
 
 namespace tokred {
 namespace {
@@ -50,7 +50,7 @@ TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {
 }
 
 // score[r][i] = q[r] . k row i for i in [begin, end); writes up to 7 more. offset has kKeyBlock entries past the last.
-// q: [kRows, q_stride], zeros from dim to the next multiple of 16.
+// q: [kRows, q_stride], zeros from dim to the next multiple of 16; stretches of 32 in the order of load32.
 template <typename T, int kRows>
 TOKRED_CLONES void score_keys(const T* k, const int64_t* offset, int64_t begin, int64_t end, const float* q,
                               int64_t q_stride, int64_t dim, bool fetch, float* score, int64_t score_stride) {
@@ -64,23 +64,30 @@ TOKRED_CLONES void score_keys(const T* k, const int64_t* offset, int64_t begin, 
     }
     Vec16 sum[kSums] = {};  // [kRows, kKeys]
     int64_t c = 0;
-    for (; c + kVecLanes <= dim; c += kVecLanes) {
-      Vec16 keys[kKeys];
+    for (; c + 2 * kVecLanes <= dim; c += 2 * kVecLanes) {
+      Vec16 low[kKeys], high[kKeys];
 #pragma GCC unroll 8
-      for (int j = 0; j < kKeys; ++j) load16(row[j] + c, keys[j]);
+      for (int j = 0; j < kKeys; ++j) load32(row[j] + c, low[j], high[j]);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        Vec16 query;
-        load16(q + r * q_stride + c, query);
+        Vec16 query_low, query_high;
+        load16(q + r * q_stride + c, query_low);
+        load16(q + r * q_stride + c + kVecLanes, query_high);
 #pragma GCC unroll 8
-        for (int j = 0; j < kKeys; ++j) sum[r * kKeys + j] += query * keys[j];
+        for (int j = 0; j < kKeys; ++j) sum[r * kKeys + j] += query_low * low[j];
+#pragma GCC unroll 8
+        for (int j = 0; j < kKeys; ++j) sum[r * kKeys + j] += query_high * high[j];
       }
     }
-    if (c < dim) {
+    for (; c < dim; c += kVecLanes) {  // at most twice
 #pragma GCC unroll 8
       for (int j = 0; j < kKeys; ++j) {
         Vec16 key;
-        load_part(row[j] + c, dim - c, key);
+        if (c + kVecLanes <= dim) {
+          load16(row[j] + c, key);
+        } else {
+          load_part(row[j] + c, dim - c, key);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           Vec16 query;
@@ -109,12 +116,17 @@ TOKRED_INLINE void add_columns(const T* v, const int64_t* offset, int64_t begin,
   for (int64_t i = begin; i < end; ++i) {
     const T* row = v + offset[i];
     if (fetch) prefetch(v + offset[i + kKeyBlock], kCols * kVecLanes * static_cast<int64_t>(sizeof(T)));
+    Vec16 value[kCols];
+    if constexpr (kCols == 1) {
+      load16(row, value[0]);
+    } else {
+#pragma GCC unroll 2
+      for (int c = 0; c < kCols; c += 2) load32(row + c * kVecLanes, value[c], value[c + 1]);
+    }
 #pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c) {
-      Vec16 value;
-      load16(row + c * kVecLanes, value);
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r][c] += value * p[r * p_stride + i];
+      for (int c = 0; c < kCols; ++c) sum[r][c] += value[c] * p[r * p_stride + i];
     }
   }
 #pragma GCC unroll 4
@@ -124,13 +136,17 @@ TOKRED_INLINE void add_columns(const T* v, const int64_t* offset, int64_t begin,
   }
 }
 
-// acc[r] += sum over i in [begin, end) of p[r][i] * v row i. acc: [kRows, acc_stride], a multiple of 16 columns.
+// acc[r] += sum over i in [begin, end) of p[r][i] * v row i. acc: [kRows, acc_stride], a multiple of 16 columns;
+// stretches of 32 in the order of load32.
 template <typename T, int kRows>
 TOKRED_CLONES void add_values(const T* v, const int64_t* offset, int64_t begin, int64_t end, const float* p,
                               int64_t p_stride, int64_t dim, bool fetch, float* acc, int64_t acc_stride) {
   int64_t c = 0;
   for (; c + 4 * kVecLanes <= dim; c += 4 * kVecLanes) {
     add_columns<T, kRows, 4>(v + c, offset, begin, end, p, p_stride, fetch, acc + c, acc_stride);
+  }
+  for (; c + 2 * kVecLanes <= dim; c += 2 * kVecLanes) {
+    add_columns<T, kRows, 2>(v + c, offset, begin, end, p, p_stride, fetch, acc + c, acc_stride);
   }
   for (; c + kVecLanes <= dim; c += kVecLanes) {
     add_columns<T, kRows, 1>(v + c, offset, begin, end, p, p_stride, fetch, acc + c, acc_stride);
@@ -255,6 +271,9 @@ void attend_rows(const AttendSelectedArgs& a, const Task& t, int64_t first, int6
     const int64_t head = t.first_head + (first + r) / a.q_len, token = (first + r) % a.q_len;
     load_query(static_cast<const T*>(a.q) + t.batch_idx * a.q_batch + head * a.q_head + token * a.q_token, a.k.dim,
                a.scale, s.q.data() + r * s.q_stride);
+    if constexpr (kDeinterleaves<T>) {
+      for (int64_t c = 0; c + 32 <= a.k.dim; c += 32) deinterleave32(s.q.data() + r * s.q_stride + c);
+    }
   }
   const T* k = static_cast<const T*>(a.k.data) + a.k.head_offset(t.batch_idx, t.kv_head);
   const T* v = static_cast<const T*>(a.v.data) + a.v.head_offset(t.batch_idx, t.kv_head);
@@ -283,6 +302,11 @@ void attend_rows(const AttendSelectedArgs& a, const Task& t, int64_t first, int6
     for (int64_t r = 0; r < padded; r += kRows) {
       add_values<T, kRows>(v, s.entries.v_offset.data(), i, std::min(i + kKeyBlock, count), s.score.data() + r * stride,
                            stride, a.v.dim, r == 0, s.acc.data() + r * s.acc_stride, s.acc_stride);
+    }
+  }
+  if constexpr (kDeinterleaves<T>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c + 32 <= a.v.dim; c += 32) interleave32(s.acc.data() + r * s.acc_stride + c);
     }
   }
 }

@@ -291,8 +291,17 @@ def test_any_shape(data):
     draw = data.draw
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     kv_heads, group, kv_len = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 200))
-    q, k, v = qkv(device, dtype, draw(st.integers(1, 3)), kv_heads * group, kv_heads, kv_len, draw(st.integers(1, 90)),
-                  draw(st.integers(1, 90)), draw(st.integers(1, 4)))  # fmt: skip
+    q, k, v = qkv(
+        device,
+        dtype,
+        draw(st.integers(1, 3)),
+        kv_heads * group,
+        kv_heads,
+        kv_len,
+        draw(st.integers(1, 90)),
+        draw(st.integers(1, 90)),
+        draw(st.integers(1, 4)),
+    )
     heads = draw(st.sampled_from([1, kv_heads, kv_heads * group]))
     kept_idx = torch.randint(-5, kv_len + 5, (q.shape[0], heads, draw(st.integers(0, 150)))).to(device)
     bias_heads = draw(st.sampled_from([None, 1, kv_heads, kv_heads * group]))

@@ -46,6 +46,36 @@ TOKRED_INLINE void load16(const c10::Half* p, Vec16& lanes) {
   bits |= sign;
   std::memcpy(&lanes, &bits, sizeof(lanes));
 }
+
+// Thirty-two values as two vectors. bfloat16 comes deinterleaved, the even ones in a and the odd ones in b: two
+// operations where widening in order takes twelve. deinterleave32 puts what meets them into that order, interleave32
+// back.
+template <typename T>
+constexpr bool kDeinterleaves = std::is_same_v<T, c10::BFloat16>;
+template <typename T>
+TOKRED_INLINE void load32(const T* p, Vec16& a, Vec16& b) {
+  if constexpr (kDeinterleaves<T>) {
+    Vec16i pairs;
+    std::memcpy(&pairs, p, sizeof(pairs));
+    const Vec16i even = pairs << 16, odd = pairs & static_cast<int32_t>(0xffff0000u);
+    std::memcpy(&a, &even, sizeof(a));
+    std::memcpy(&b, &odd, sizeof(b));
+  } else {
+    load16(p, a);
+    load16(p + kVecLanes, b);
+  }
+}
+inline void deinterleave32(float* x) {
+  float in[32];
+  std::memcpy(in, x, sizeof(in));
+  for (int i = 0; i < 32; ++i) x[i / 2 + i % 2 * kVecLanes] = in[i];
+}
+inline void interleave32(float* x) {
+  float in[32];
+  std::memcpy(in, x, sizeof(in));
+  for (int i = 0; i < 32; ++i) x[i] = in[i / 2 + i % 2 * kVecLanes];
+}
+
 TOKRED_INLINE void store16(float* p, const Vec16& lanes) { std::memcpy(p, &lanes, sizeof(lanes)); }
 
 // lanes = p[0, count) and zeros; count < 16. Reads nothing beyond.
