@@ -59,7 +59,7 @@ def scatter_rows(grad: Tensor, kept_idx: Tensor, num_tokens: int) -> Tensor:
     Ids outside ``[0, num_tokens)`` are left out.
     """
     tail = grad.shape[2:]
-    rows = grad.reshape(*grad.shape[:2], -1)
+    rows = grad.flatten(2) if tail else grad.unsqueeze(2)
     if grad.dtype in _MERGEABLE:
         out = torch.ops.tokred.segment_merge.default(rows.contiguous(), kept_idx, num_tokens, None, None, "sum")[0]
     else:
