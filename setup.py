@@ -80,7 +80,9 @@ class CMakeBuild(build_ext):
         import torch
 
         torch_dir = Path(torch.__file__).parent
-        build = Path(os.environ.get("TOKRED_BUILD_DIR") or ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}")
+        build = Path(
+            os.environ.get("TOKRED_BUILD_DIR") or ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"
+        )
         build.mkdir(parents=True, exist_ok=True)
         jobs = max_jobs()
         version = re.search(r'__version__ = "(.+)"', (ROOT / "tokred/_version.py").read_text()).group(1)
@@ -124,7 +126,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *defines], check=True)
         log = build / "build.log"
         with open(log, "w") as file:
-            done = subprocess.run(["cmake", "--build", str(build), "-j", str(jobs), "--verbose"], stdout=file, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                ["cmake", "--build", str(build), "-j", str(jobs), "--verbose"], stdout=file, stderr=subprocess.STDOUT
+            )
         if done.returncode:
             sys.stderr.write("\n".join(log.read_text().splitlines()[-60:]) + "\n")
             raise SystemExit(f"tokred: the build failed, the whole log is {log}")

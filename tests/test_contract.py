@@ -45,6 +45,10 @@ def map_tensors(f, value):
     return value
 
 
+def leaves(value):
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_matches_reference(op, device, dtype):
     for args, kwargs in samples(op, device, dtype):
@@ -77,10 +81,8 @@ def test_compiles_without_a_break(op, device):
 @pytest.mark.parametrize("op", OPS)
 def test_no_output_aliases_an_input(op, device):
     for args, kwargs in samples(op, device):
-        inputs = set()
-        map_tensors(lambda t: inputs.add(t.untyped_storage().data_ptr()), [list(args), kwargs])
-        outputs = []
-        map_tensors(lambda t: outputs.append(t), [op.function(*args, **kwargs)])
+        inputs = {t.untyped_storage().data_ptr() for t in leaves([list(args), kwargs])}
+        outputs = leaves(op.function(*args, **kwargs))
         assert all(t.numel() == 0 or t.untyped_storage().data_ptr() not in inputs for t in outputs)
 
 
@@ -97,10 +99,10 @@ def test_wrong_device_is_an_error(op):
     """A meta tensor among CPU tensors stands for any other device; no kernel may see it."""
     args, kwargs = samples(op, "cpu")[0]
     moved = list(args)
-    last = max(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) or isinstance(a, list))
+    last = max(i for i, a in enumerate(args) if isinstance(a, (torch.Tensor, list)))
     moved[last] = map_tensors(lambda t: t.to("meta"), args[last])
     with pytest.raises((RuntimeError, NotImplementedError)):
-        map_tensors(lambda t: t.cpu(), [op.function(*moved, **kwargs)])
+        [t.cpu() for t in leaves(op.function(*moved, **kwargs))]
 
 
 def test_export_and_aotinductor(device, tmp_path):

@@ -30,9 +30,9 @@ def test_op_is_whole(op):
     assert getattr(tokred, op.name) is op.function
     for name in (op.name, "reference", "sample_inputs"):
         assert callable(getattr(op.module, name, None)), f"{op.name}: its module has no {name}"
-    assert list(inspect.signature(op.function).parameters) == list(inspect.signature(op.module.reference).parameters) or (
-        op.name == "attend_selected"
-    )
+    assert list(inspect.signature(op.function).parameters) == list(
+        inspect.signature(op.module.reference).parameters
+    ) or (op.name == "attend_selected")
     text = inspect.getdoc(op.function)
     for word in ("Args:", "Returns:", "eterministic", "Example:"):
         assert word in text, f"{op.name}: its docstring lacks {word!r}"
@@ -110,7 +110,9 @@ def test_layers_of_python():
 
 
 def test_spdx_and_size():
-    for path in sources("csrc/**/*.*", "tokred/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "examples/*.py", "setup.py"):
+    for path in sources(
+        "csrc/**/*.*", "tokred/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "examples/*.py", "setup.py"
+    ):
         lines = path.read_text().splitlines()
         assert not lines or any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:3]), path
         if path.suffix in (".cpp", ".cu", ".cuh", ".h"):

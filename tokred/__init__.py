@@ -2,8 +2,8 @@
 # Copyright (c) 2026 The tokred authors
 """tokred: kernels for token reduction in transformers, as torch ops. See ``python -m tokred ops``."""
 
-from tokred import _ext  # noqa: I001  loads the library, so it comes first
-from tokred._version import __version__
+from tokred import _ext
+from tokred._version import __version__ as __version__
 from tokred.attend import *  # noqa: F403
 from tokred.compact import *  # noqa: F403
 from tokred.merge import *  # noqa: F403

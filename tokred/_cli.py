@@ -83,7 +83,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     root = Path(tokred.__file__).parents[1] / "benchmarks"
     if not root.is_dir():
-        print("tokred bench: needs a checkout of the repository, whose benchmarks/ is not part of the wheel", file=sys.stderr)
+        print(
+            "tokred bench: needs a checkout of the repository, whose benchmarks/ is not part of the wheel",
+            file=sys.stderr,
+        )
         return 2
     known = {path.stem.removeprefix("bench_"): path for path in sorted(root.glob("*/bench_*.py"))}
     unknown = [name for name in arguments.op or [] if name not in known]

@@ -3,6 +3,7 @@
 """One shareable page: what is installed, whether it fits, and each op tried against its reference."""
 
 import ctypes
+import importlib
 import platform
 import re
 import sys
@@ -49,12 +50,14 @@ def fits(capability: tuple[int, int], archs: list[str]) -> str | None:
             return None
         if kind == "virtual" and number <= wanted:
             return None
-    return f'no kernel for sm_{wanted} in this build; rebuild from source with TOKRED_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}"'
+    arch = f"{capability[0]}.{capability[1]}"
+    return f'no kernel for sm_{wanted} in this build; rebuild from source with TOKRED_CUDA_ARCH_LIST="{arch}"'
 
 
 def _gpu_report(build_cuda: str | None, archs: list[str]) -> tuple[list[str], list[str], bool]:
     """Return lines, problems, and whether ops can be tried on CUDA."""
-    lines, problems = [], []
+    lines: list[str] = []
+    problems: list[str] = []
     speaks, release = driver_cuda_version(), driver_release()
     if speaks is None:
         lines.append("driver        none: no NVIDIA driver on this machine")
@@ -72,7 +75,9 @@ def _gpu_report(build_cuda: str | None, archs: list[str]) -> tuple[list[str], li
         )
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        lines.append(f"torch.cuda    not available: {'this torch has no CUDA' if built is None else 'no usable device'}")
+        lines.append(
+            f"torch.cuda    not available: {'this torch has no CUDA' if built is None else 'no usable device'}"
+        )
         return lines, problems, False
     usable = not problems
     for i in range(torch.cuda.device_count()):
@@ -93,7 +98,9 @@ def _try_ops(device: str) -> tuple[list[str], list[str]]:
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 for args, kwargs in op.module.sample_inputs(device, dtype):
                     with torch.no_grad():
-                        assert_close(op.function(*args, **kwargs), op.module.reference(*args, **kwargs), name=str(dtype))
+                        assert_close(
+                            op.function(*args, **kwargs), op.module.reference(*args, **kwargs), name=str(dtype)
+                        )
         except Exception as error:
             failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ms = 1e3 * (time.perf_counter() - start)
@@ -111,12 +118,13 @@ def run(device: str | None = None) -> int:
     print(f"build         target torch {build.get('torch_target', '?')}, {build.get('compiler', 'unknown compiler')}")
     print(f"cuda kernels  {'nvcc ' + build['cuda'] + ' for ' + ', '.join(archs) if build.get('cuda') else 'none'}")
     try:
-        from tokred import _native
-
-        print(f"native        loaded, plans for {len(_native.planned_ops())} ops")
+        native = importlib.import_module("tokred._native")
+        print(f"native        loaded, plans for {len(native.planned_ops())} ops")
     except ImportError:
         print("native        not for this Python; tokred works without it")
-    print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"torch         {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
     lines, problems, has_gpu = _gpu_report(build.get("cuda"), archs)
     print("\n".join(lines))

@@ -37,7 +37,8 @@ __device__ inline void cp_async(void* smem, const void* gmem, bool valid) {
 }
 }  // namespace detail
 
-// Both addresses are aligned to the size. When !valid, zeros are written and gmem is not read, so it may point anywhere.
+// Both addresses are aligned to the size. When !valid, zeros are written and gmem is not read, so it may point
+// anywhere.
 __device__ inline void cp_async_16(void* smem, const void* gmem, bool valid = true) {
   detail::cp_async<16>(smem, gmem, valid);
 }

@@ -13,7 +13,8 @@
 // TOKRED_SHARED(Storage, name): names the block's shared memory as one struct; once per kernel, in the kernel itself.
 //   Launch with shared_bytes = sizeof(Storage). Storage is trivially constructible and needs at most 16-byte alignment.
 //   Nothing is initialised: the emulator fills the memory with 0xFF before each block.
-// TOKRED_SHARED_TAIL(Storage, name): unsigned char* to the bytes after Storage, 16-byte aligned, for arrays whose size is
+// TOKRED_SHARED_TAIL(Storage, name): unsigned char* to the bytes after Storage, 16-byte aligned, for arrays whose size
+// is
 //   known at run time. Launch with shared_bytes = shared_bytes_with_tail<Storage>(tail_bytes).
 // TOKRED_SHARED_BYTES(name): unsigned char* to all of the block's shared memory, 16-byte aligned, for kernels without a
 //   struct.
@@ -28,7 +29,7 @@
   extern __shared__ __align__(16) unsigned char tokred_shared[]; \
   Storage& name = *reinterpret_cast<Storage*>(tokred_shared)
 #endif
-#define TOKRED_SHARED_TAIL(Storage, name)           \
+#define TOKRED_SHARED_TAIL(Storage, name)            \
   TOKRED_SHARED_BYTES(tokred_shared_base_of_##name); \
   unsigned char* const name = tokred_shared_base_of_##name + ::tokred::shared_tail_offset<Storage>()
 
@@ -52,7 +53,8 @@ __host__ __device__ constexpr size_t shared_bytes_with_tail(size_t tail_bytes) {
 // parameter types. The block has at most 1024 threads and, for warp functions with a full mask, a multiple of 32.
 #ifdef TOKRED_SIMT
 template <typename Kernel, typename... Args>
-int launch(Kernel kernel, simt::GridAt grid, dim3 block, size_t shared_bytes, CUstream_st* stream, const Args&... args) {
+int launch(Kernel kernel, simt::GridAt grid, dim3 block, size_t shared_bytes, CUstream_st* stream,
+           const Args&... args) {
   (void)stream;
   return simt::launch(grid, block, shared_bytes, [&] { kernel(args...); });
 }
@@ -70,7 +72,7 @@ int launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, CUstream_s
       return error;
     }
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  kernel<<<grid, block, shared_bytes, stream> > >(args...);
   return cudaGetLastError();
 }
 #endif

@@ -18,9 +18,9 @@
 //                         a[2]  row g,     k t + 4
 //                         a[3]  row g + 8, k t + 4
 //
-//   ldmatrix: matrices of 8 rows of 8 16-bit values (16 bytes). Lane 8 i + r gives the address of row r of matrix i, and
-//   receives in out[i] the values (row g, columns 2t, 2t+1) of matrix i; with trans (rows 2t, 2t+1, column g).
-//   x2 takes the addresses of lanes 0 to 15 only (the others' are ignored, but must be given).
+//   ldmatrix: matrices of 8 rows of 8 16-bit values (16 bytes). Lane 8 i + r gives the address of row r of matrix i,
+//   and receives in out[i] the values (row g, columns 2t, 2t+1) of matrix i; with trans (rows 2t, 2t+1, column g). x2
+//   takes the addresses of lanes 0 to 15 only (the others' are ignored, but must be given).
 //     A from a row-major [16 x 16] tile:            ldmatrix_x4        row lane % 16, column 8 * (lane / 16)
 //     B from [n][k] rows (keys times head_dim):     ldmatrix_x2        row n = lane % 8, column k = 8 * (lane / 8 % 2)
 //     two B, n 0..7 and 8..15, from [n][k] rows:    ldmatrix_x4        row n = lane % 8 + 8 * (lane / 16), k as above;
@@ -28,8 +28,8 @@
 //     B from [k][n] rows (values times head_dim):   ldmatrix_x2_trans  row k = lane % 16, column n
 //     two B, n 0..7 and 8..15, from [k][n] rows:    ldmatrix_x4_trans  row k = lane % 16, column n = 8 * (lane / 16)
 //
-// Accumulators of one m16n8k16 are the A fragment of the next, two at a time: a[0] = pack(c0, c1), a[1] = pack(c2, c3) of
-// the n-tile at k 0..7, a[2], a[3] of the n-tile at k 8..15.
+// Accumulators of one m16n8k16 are the A fragment of the next, two at a time: a[0] = pack(c0, c1), a[1] = pack(c2, c3)
+// of the n-tile at k 0..7, a[2], a[3] of the n-tile at k 8..15.
 #pragma once
 
 #include <cuda_runtime.h>

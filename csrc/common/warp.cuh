@@ -110,11 +110,26 @@ struct alignas(sizeof(T) * kVec) Pack {
 namespace detail {
 template <int kBytes>
 struct Word;  // the built-in type of that many bytes: one memory instruction, whatever the compiler thinks of Pack
-template <> struct Word<1> { using type = unsigned char; };
-template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
+template <>
+struct Word<1> {
+  using type = unsigned char;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
 
 template <typename To, typename From>
 __host__ __device__ inline To bits_as(From from) {  // by value: memcpy from memory would be one load per byte

@@ -118,7 +118,9 @@ def test_ragged_equals_dense(device):
     for b, (start, length) in enumerate(zip(cu_seqlens.tolist(), lens)):
         part = slice(start, start + length)
         k = min(8, length)
-        alone = tokred.prune_topk(x[None, part], score[None, part], k, keep_mask=keep[None, part], drop_mask=drop[None, part])
+        alone = tokred.prune_topk(
+            x[None, part], score[None, part], k, keep_mask=keep[None, part], drop_mask=drop[None, part]
+        )
         assert_close(actual[0][b, :k], alone[0][0], rtol=0, atol=0)
         assert_close(actual[1][b, :k], alone[1][0])
     check(x, score, 900, cu_seqlens=cu_seqlens)  # more than any sequence has
@@ -153,7 +155,9 @@ def test_any_row(data):
     row = data.draw(st.lists(values, min_size=1, max_size=70))
     n = len(row)
     k = data.draw(st.integers(0, n))
-    masks = [torch.tensor([data.draw(st.lists(st.booleans(), min_size=n, max_size=n))], device=device) for _ in range(2)]
+    masks = [
+        torch.tensor([data.draw(st.lists(st.booleans(), min_size=n, max_size=n))], device=device) for _ in range(2)
+    ]
     score = torch.tensor([row], device=device)
     _, kept_idx, num_kept = check(
         torch.randn(1, n, 2, device=device), score, k, keep_mask=masks[0], drop_mask=masks[1], return_num_kept=True
@@ -191,7 +195,11 @@ def test_gradients_equal_reference(device, dtype):
             other = torch.randn(2, 15, 2, 3).to(device, dtype).requires_grad_()
             if packed:
                 out = function(
-                    x.flatten(0, 1), score.flatten(), 6, cu_seqlens=cu_seqlens, others=[other.flatten(0, 1), score.flatten()]
+                    x.flatten(0, 1),
+                    score.flatten(),
+                    6,
+                    cu_seqlens=cu_seqlens,
+                    others=[other.flatten(0, 1), score.flatten()],
                 )
             else:
                 out = function(x, score, 6, others=[other, score])

@@ -41,7 +41,9 @@ def test_ragged_images(device):
     out = fastervlm(x, keep=10, score=score, cu_seqlens=cu_seqlens, max_seqlen=64)
     assert out.num_kept.tolist() == [10, 7, 10]
     for b, (start, length) in enumerate(zip(cu_seqlens.tolist(), lens)):
-        alone = fastervlm(x[None, start : start + length], keep=min(10, length), score=score[None, start : start + length])
+        alone = fastervlm(
+            x[None, start : start + length], keep=min(10, length), score=score[None, start : start + length]
+        )
         assert_close(out.x[b, : min(10, length)], alone.x[0], rtol=0, atol=0)
 
 

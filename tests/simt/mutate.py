@@ -131,7 +131,9 @@ def copy_tree(to: Path) -> None:
 def build(tree: Path, timeout: float = 600) -> bool:
     """Bring the library up to date; False if the source does not compile."""
     command = ["cmake", "--build", str(tree / "build")]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout).returncode == 0
+    return (
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout).returncode == 0
+    )
 
 
 def configure(tree: Path) -> None:
@@ -213,7 +215,9 @@ def main() -> int:
             print(f"[{i + 1}/{len(mutants)}] {verdict}: {m.path}:{m.line}: {m.before} -> {m.after}", flush=True)
     counted = counts["killed"] + counts["survived"]
     share = counts["killed"] / counted if counted else 1.0
-    print(f"{args.op}: {counts['killed']} of {counted} killed ({share:.0%}), {counts['excused']} excused in SURVIVORS.md,")
+    print(
+        f"{args.op}: {counts['killed']} of {counted} killed ({share:.0%}), {counts['excused']} excused in SURVIVORS.md,"
+    )
     print(f"{counts['invalid']} did not compile. Survivors, as SURVIVORS.md would list them with a reason:")
     for m in survivors:
         print(f"- {m.key}: ")

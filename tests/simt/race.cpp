@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 
-// The race detector. Kernels compiled with -fsanitize=thread call __tsan_read4(address) and the like before each access;
-// these are ours, and the sanitizer's runtime is not linked.
+// The race detector. Kernels compiled with -fsanitize=thread call __tsan_read4(address) and the like before each
+// access; these are ours, and the sanitizer's runtime is not linked.
 //
 // One counter, the time, grows at each synchronisation. Every byte that a kernel touches has a cell: who wrote it last
 // and who read it last, and the time of that thread's last synchronisation before. What a thread did since time t is
 // ordered before us if we know it up to a later time: because of a __syncthreads of the block after t (floor), of a
-// __syncwarp that joined our lanes (Fiber::knows) or of a named barrier that joined our warps (Warp::knows). Shuffles and
-// votes order nothing, as in CUDA. An access of an earlier block of the launch is ordered if that block let go of a
+// __syncwarp that joined our lanes (Fiber::knows) or of a named barrier that joined our warps (Warp::knows). Shuffles
+// and votes order nothing, as in CUDA. An access of an earlier block of the launch is ordered if that block let go of a
 // counter (fence, then atomic) that ours took hold of (atomic). Cells of earlier launches are too old to count, so
 // nothing is ever cleared.
 #include <sys/mman.h>
@@ -26,9 +26,10 @@ bool race_build = false;
 
 namespace {
 
-struct Cell {
+struct Cell {                                  // no bit-fields: merging them costs more than the space
   uint32_t write_time, read_time, read_time2;  // 0: never
-  uint32_t writer : 10, reader : 10, reader2 : 10, atomic : 1, pending : 1;
+  uint16_t writer, reader, reader2;            // ranks
+  bool atomic, pending;                        // the write was an atomic, or is a cp.async that may not have landed
 };
 
 uint32_t now = 0, launch_start = 0, block_start = 0, block_floor = 0;
@@ -79,7 +80,7 @@ bool earlier_block_released(uint32_t time) {
 }
 
 // Whether what thread did since time is ordered before what fiber does now.
-bool ordered(const Worker& w, const Fiber& fiber, bool is_shared, uint32_t time, unsigned thread) {
+inline bool ordered(const Worker& w, const Fiber& fiber, bool is_shared, uint32_t time, unsigned thread) {
   if (time < (is_shared ? block_start : launch_start)) return true;
   if (time < block_start) return earlier_block_released(time);
   if (time < block_floor || thread == fiber.rank) return true;
@@ -89,8 +90,8 @@ bool ordered(const Worker& w, const Fiber& fiber, bool is_shared, uint32_t time,
   return !knows.empty() && time < knows[warp];
 }
 
-[[noreturn]] void report(const Worker& w, const char* what, bool is_shared, const void* address, size_t bytes,
-                         const char* other, uint32_t time, unsigned thread, void* pc) {
+SIMT_NORETURN void report(const Worker& w, const char* what, bool is_shared, const void* address, size_t bytes,
+                          const char* other, uint32_t time, unsigned thread, void* pc) {
   char where[96];
   if (is_shared) {
     std::snprintf(where, sizeof(where), "byte %td of shared memory",
@@ -126,9 +127,15 @@ void check(Worker& w, Fiber& fiber, const void* address, size_t bytes, Access ac
     }
     const bool both_atomic = access == Access::kAtomic && c.atomic;
     if (!both_atomic && !ordered(w, fiber, is_shared, c.write_time, c.writer)) {
-      report(w, access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic", is_shared, address,
-             bytes, c.atomic ? "changed by an atomic" : c.pending ? "written by a cp.async" : "written", c.write_time,
-             c.writer, pc);
+      report(w,
+             access == Access::kRead    ? "read"
+             : access == Access::kWrite ? "write"
+                                        : "atomic",
+             is_shared, address, bytes,
+             c.atomic    ? "changed by an atomic"
+             : c.pending ? "written by a cp.async"
+                         : "written",
+             c.write_time, c.writer, pc);
     }
     if (is_shared && c.pending && access != Access::kWrite) {  // ordered, but the copy may still be under way
       fail_at(pc, "shared memory is read before its cp.async was waited for: byte %zu of %zu",
@@ -138,7 +145,7 @@ void check(Worker& w, Fiber& fiber, const void* address, size_t bytes, Access ac
       if (c.reader != fiber.rank || c.read_time < block_start) {
         c.reader2 = c.reader;
         c.read_time2 = c.read_time;
-        c.reader = fiber.rank;
+        c.reader = static_cast<uint16_t>(fiber.rank);
       }
       c.read_time = fiber.now;
       continue;
@@ -152,9 +159,9 @@ void check(Worker& w, Fiber& fiber, const void* address, size_t bytes, Access ac
              c.reader2, pc);
     }
     c.write_time = fiber.now;
-    c.writer = fiber.rank;
+    c.writer = static_cast<uint16_t>(fiber.rank);
     c.atomic = access == Access::kAtomic;
-    c.pending = 0;
+    c.pending = false;
   }
 }
 
@@ -168,7 +175,7 @@ void race_launch_start() {
     std::fill(arena_cells.begin(), arena_cells.end(), Cell());
     now = 0;
   }
-  if (pages.size() > 4096) {  // 256 MiB of cells
+  if (pages.size() > 4096) {  // 320 MiB of cells
     for (auto& [page, cells] : pages) munmap(cells, sizeof(Cell) << kPageBits);
     pages.clear();
     last_cells = nullptr;
@@ -249,7 +256,7 @@ void race_touch(const void* address, size_t bytes, Access access, void* pc) {
 void race_async_issued(const void* address, size_t bytes) {
   if (!race_build) return;
   Cell* cell = arena_cells.data() + (static_cast<const unsigned char*>(address) - worker->arena);
-  for (size_t i = 0; i < bytes; ++i) cell[i].pending = 1;
+  for (size_t i = 0; i < bytes; ++i) cell[i].pending = true;
 }
 
 }  // namespace simt
@@ -264,18 +271,14 @@ inline void seen(const void* address, size_t bytes, simt::Access access, void* p
 }  // namespace
 
 #define SIMT_HOOK extern "C" __attribute__((visibility("hidden"), used))
-#define SIMT_HOOKS(bytes)                                                              \
-  SIMT_HOOK void __tsan_read##bytes(void* p) {                                         \
-    seen(p, bytes, simt::Access::kRead, __builtin_return_address(0));                  \
-  }                                                                                    \
-  SIMT_HOOK void __tsan_write##bytes(void* p) {                                        \
-    seen(p, bytes, simt::Access::kWrite, __builtin_return_address(0));                 \
-  }                                                                                    \
-  SIMT_HOOK void __tsan_unaligned_read##bytes(void* p) {                               \
-    seen(p, bytes, simt::Access::kRead, __builtin_return_address(0));                  \
-  }                                                                                    \
-  SIMT_HOOK void __tsan_unaligned_write##bytes(void* p) {                              \
-    seen(p, bytes, simt::Access::kWrite, __builtin_return_address(0));                 \
+#define SIMT_HOOKS(bytes)                                                                                            \
+  SIMT_HOOK void __tsan_read##bytes(void* p) { seen(p, bytes, simt::Access::kRead, __builtin_return_address(0)); }   \
+  SIMT_HOOK void __tsan_write##bytes(void* p) { seen(p, bytes, simt::Access::kWrite, __builtin_return_address(0)); } \
+  SIMT_HOOK void __tsan_unaligned_read##bytes(void* p) {                                                             \
+    seen(p, bytes, simt::Access::kRead, __builtin_return_address(0));                                                \
+  }                                                                                                                  \
+  SIMT_HOOK void __tsan_unaligned_write##bytes(void* p) {                                                            \
+    seen(p, bytes, simt::Access::kWrite, __builtin_return_address(0));                                               \
   }
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)
@@ -295,32 +298,32 @@ SIMT_HOOK void __tsan_vptr_update(void**, void*) {}
 SIMT_HOOK void __tsan_vptr_read(void**) {}
 
 // The host side of a .cu file may use std::atomic (shared_ptr does): its operations become calls, too.
-#define SIMT_ATOMIC_HOOKS(bits, T)                                                                             \
+#define SIMT_ATOMIC_HOOKS(bits, T)                                                                                  \
   SIMT_HOOK T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
   SIMT_HOOK void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); } \
-  SIMT_HOOK T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                        \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                        \
-  }                                                                                                            \
-  SIMT_HOOK T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) {                                       \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  SIMT_HOOK T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) {                                       \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  SIMT_HOOK T __tsan_atomic##bits##_fetch_and(volatile T* p, T v, int) {                                       \
-    return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  SIMT_HOOK T __tsan_atomic##bits##_fetch_or(volatile T* p, T v, int) {                                        \
-    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                                          \
-  }                                                                                                            \
-  SIMT_HOOK T __tsan_atomic##bits##_fetch_xor(volatile T* p, T v, int) {                                       \
-    return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {     \
-    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);             \
-  }                                                                                                            \
-  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {       \
-    return __atomic_compare_exchange_n(p, expected, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);              \
+  SIMT_HOOK T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                             \
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                             \
+  }                                                                                                                 \
+  SIMT_HOOK T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) {                                            \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                                 \
+  SIMT_HOOK T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) {                                            \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                                 \
+  SIMT_HOOK T __tsan_atomic##bits##_fetch_and(volatile T* p, T v, int) {                                            \
+    return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                                 \
+  SIMT_HOOK T __tsan_atomic##bits##_fetch_or(volatile T* p, T v, int) {                                             \
+    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                                               \
+  }                                                                                                                 \
+  SIMT_HOOK T __tsan_atomic##bits##_fetch_xor(volatile T* p, T v, int) {                                            \
+    return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                                 \
+  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {          \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
+  }                                                                                                                 \
+  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {            \
+    return __atomic_compare_exchange_n(p, expected, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
   }
 SIMT_ATOMIC_HOOKS(8, unsigned char)
 SIMT_ATOMIC_HOOKS(16, unsigned short)

@@ -30,9 +30,9 @@
 
 namespace simt {
 
-thread_local const ThreadView* this_thread = nullptr;
-thread_local const BlockView* this_block = nullptr;
-thread_local Worker* worker = nullptr;
+__thread const ThreadView* this_thread = nullptr;
+__thread const BlockView* this_block = nullptr;
+__thread Worker* worker = nullptr;
 
 namespace {
 
@@ -107,7 +107,15 @@ void shuffle(Worker& w, std::vector<unsigned>& ranks) {
 
 void enqueue(Worker& w, unsigned rank) {
   w.fibers[rank].waits_for = nullptr;
-  w.queue[(w.queue_head + w.queue_size++) % w.queue.size()] = rank;
+  size_t at = w.queue_head + w.queue_size++;
+  if (at >= w.queue.size()) at -= w.queue.size();
+  w.queue[at] = rank;
+}
+unsigned dequeue(Worker& w) {
+  const unsigned rank = w.queue[w.queue_head];
+  if (++w.queue_head == w.queue.size()) w.queue_head = 0;
+  --w.queue_size;
+  return rank;
 }
 
 // Leaves the current fiber for the next in the queue, or for the scheduler when there is none.
@@ -116,10 +124,7 @@ void leave(Worker& w) {
   if (w.queue_size == 0) {
     switch_stack(&from.sp, w.scheduler_sp);
   } else {
-    const unsigned rank = w.queue[w.queue_head];
-    w.queue_head = (w.queue_head + 1) % w.queue.size();
-    --w.queue_size;
-    w.current = &w.fibers[rank];
+    w.current = &w.fibers[dequeue(w)];
     this_thread = w.current;
     if (w.current != &from) switch_stack(&from.sp, w.current->sp);
   }
@@ -150,12 +155,15 @@ void set_failed(Worker& w, const std::string& what, void* pc) {
   w.message += "]";
 }
 
-[[noreturn]] void stop(Worker& w, const std::string& what, void* pc) {
+SIMT_NORETURN void stop(Worker& w, const std::string& what, void* pc) {
   set_failed(w, what, pc);
   if (!w.current) std::abort();  // only kernels call what ends here
   void* forgotten;
-  switch_stack(&forgotten, w.scheduler_sp);
-  std::abort();
+  // Volatile, or the compiler finds out that this never returns; see SIMT_NORETURN.
+  for (volatile bool forever = true; forever;) switch_stack(&forgotten, w.scheduler_sp);
+#ifndef __SANITIZE_ADDRESS__
+  __builtin_unreachable();
+#endif
 }
 
 std::string lanes_of(unsigned mask) {
@@ -183,6 +191,7 @@ std::string describe_deadlock(const Worker& w) {
   }
   for (size_t i = 0; i < w.warps.size(); ++i) {
     for (const Gathering& g : w.warps[i].in_flight) {
+      if (!g.mask) continue;
       text += text_of(" warp %zu: %s with mask %08x misses lanes %s;", i, g.function->name, g.mask,
                       lanes_of(g.mask & ~g.arrived).c_str());
     }
@@ -251,7 +260,7 @@ void check_canaries(Worker& w) {
 struct sigaction previous_action;
 std::mutex action_mutex;
 
-[[noreturn]] void report_fault() {  // on the emergency stack
+SIMT_NORETURN void report_fault() {  // on the emergency stack
   Worker& w = *worker;
   const auto at = w.fault_address;
   const auto arena = reinterpret_cast<uintptr_t>(w.arena), map = reinterpret_cast<uintptr_t>(w.arena_map);
@@ -271,6 +280,9 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   if (w && w->current && info->si_code > 0) {
     w->fault_address = reinterpret_cast<uintptr_t>(info->si_addr);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(w->emergency_stack, kStackBytes);  // frames of an earlier fault
+#endif
     const auto top = reinterpret_cast<uintptr_t>(w->emergency_stack + kStackBytes) & ~uintptr_t{15};
 #if defined(__x86_64__)
     w->fault_pc = reinterpret_cast<void*>(machine.gregs[REG_RIP] + 1);  // +1: callers' addresses point behind, too
@@ -313,9 +325,7 @@ class FaultGuard {  // while a thread of the host runs blocks
     ours.ss_size = kBytes;
     sigaltstack(&ours, &before_);
   }
-  ~FaultGuard() {
-    sigaltstack(&before_, nullptr);
-  }
+  ~FaultGuard() { sigaltstack(&before_, nullptr); }
 
  private:
   static constexpr size_t kBytes = 64 << 10;
@@ -347,8 +357,7 @@ void fiber_main() {
            nullptr);
     }
   }
-  leave(w);
-  std::abort();
+  for (;;) leave(w);
 }
 
 void run_block(Worker& w, uint64_t linear, const dim3& grid) {
@@ -365,14 +374,14 @@ void run_block(Worker& w, uint64_t linear, const dim3& grid) {
     const unsigned lanes = std::min(32u, n - 32 * static_cast<unsigned>(i));
     w.warps[i].exists = lanes == 32 ? ~0u : (1u << lanes) - 1;
     w.warps[i].exited = 0;
-    w.warps[i].in_flight.clear();
+    for (Gathering& g : w.warps[i].in_flight) g.mask = 0;
     w.warps[i].knows.clear();
   }
   poison_arena(w);
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(w.stacks, w.num_stacks * kStackBytes);  // frames of fibers that were left for good
 #endif
-  std::vector<unsigned> order(n);
+  std::vector<unsigned>& order = w.order;
   for (unsigned t = 0; t < n; ++t) {
     Fiber& fiber = w.fibers[t];
     fiber.done = false;
@@ -391,10 +400,7 @@ void run_block(Worker& w, uint64_t linear, const dim3& grid) {
       set_failed(w, describe_deadlock(w), nullptr);
       break;
     }
-    const unsigned rank = w.queue[w.queue_head];
-    w.queue_head = (w.queue_head + 1) % w.queue.size();
-    --w.queue_size;
-    w.current = &w.fibers[rank];
+    w.current = &w.fibers[dequeue(w)];
     this_thread = w.current;
     switch_stack(&w.scheduler_sp, w.current->sp);
     w.current = nullptr;
@@ -448,10 +454,11 @@ void run_blocks(Launch& launch) {
   w.fibers.resize(w.num_threads);
   w.warps.resize((w.num_threads + 31) / 32);
   w.queue.resize(w.num_threads);
+  w.order.resize(w.num_threads);
   for (unsigned t = 0; t < w.num_threads; ++t) {
     w.fibers[t].rank = t;
-    w.fibers[t].thread_idx = uint3{t % launch.block.x, t / launch.block.x % launch.block.y,
-                                   t / (launch.block.x * launch.block.y)};
+    w.fibers[t].thread_idx =
+        uint3{t % launch.block.x, t / launch.block.x % launch.block.y, t / (launch.block.x * launch.block.y)};
   }
   worker = &w;
   this_block = &w;
@@ -548,8 +555,8 @@ std::string place_of(const Fiber& fiber) {
 
 namespace {
 
-// "kernel.cu:12 < caller.cu:34", innermost first, without the emulator's own frames; empty if there are no others, or no
-// debug information.
+// "kernel.cu:12 < caller.cu:34", innermost first, without the emulator's own frames; empty if there are no others, or
+// no debug information.
 std::string kernel_lines_of(const Dl_info& info, uintptr_t offset) {
   const char* wanted = std::getenv("TOKRED_SIMT_ADDR2LINE");
   if (wanted && std::strcmp(wanted, "0") == 0) return "";
@@ -563,7 +570,8 @@ std::string kernel_lines_of(const Dl_info& info, uintptr_t offset) {
     std::string text(line);
     text = text.substr(0, text.find_first_of(" \n"));
     const bool emulator = text.find("simt/include/") != std::string::npos ||
-                          text.find("simt/runtime.") != std::string::npos || text.find("simt/race.") != std::string::npos;
+                          text.find("simt/runtime.") != std::string::npos ||
+                          text.find("simt/race.") != std::string::npos;
     if (emulator || text.compare(0, 2, "??") == 0 || frames == 3) continue;
     const size_t slash = text.rfind('/');
     lines += (frames++ ? " < " : "") + (slash == std::string::npos ? text : text.substr(slash + 1));
@@ -657,18 +665,25 @@ int barrier(Barrier kind, int predicate) {
   w.votes += predicate != 0;
   if (++w.waiting == w.num_threads) {
     switch (kind) {
-      case Barrier::kPlain: w.result = 0; break;
-      case Barrier::kOr: w.result = w.votes != 0; break;
-      case Barrier::kAnd: w.result = w.votes == static_cast<int>(w.num_threads); break;
-      case Barrier::kCount: w.result = w.votes; break;
+      case Barrier::kPlain:
+        w.result = 0;
+        break;
+      case Barrier::kOr:
+        w.result = w.votes != 0;
+        break;
+      case Barrier::kAnd:
+        w.result = w.votes == static_cast<int>(w.num_threads);
+        break;
+      case Barrier::kCount:
+        w.result = w.votes;
+        break;
     }
     w.waiting = 0;
     w.votes = 0;
     race_barrier(w);
-    std::vector<unsigned> order(w.num_threads);
-    for (unsigned t = 0; t < w.num_threads; ++t) order[t] = t;
-    shuffle(w, order);
-    for (unsigned rank : order) enqueue(w, rank);
+    for (unsigned t = 0; t < w.num_threads; ++t) w.order[t] = t;
+    shuffle(w, w.order);
+    for (unsigned rank : w.order) enqueue(w, rank);
   } else {
     fiber.waits_for = kNames[static_cast<int>(kind)];
     fiber.waits_mask = 0;
@@ -736,7 +751,9 @@ void warp_call(const WarpFunction& function, unsigned mask, const void* in, void
             __builtin_ctz(mask & warp.exited));
   }
   Gathering* gathering = nullptr;
+  Gathering* free_place = nullptr;
   for (Gathering& g : warp.in_flight) {
+    if (!g.mask) free_place = &g;
     if (g.mask != mask) continue;  // another mask is another call
     if (g.function != &function) {
       fail_at(pc, "lanes of mask %08x are in different functions: this one in %s, lane %d in %s", mask, function.name,
@@ -745,8 +762,8 @@ void warp_call(const WarpFunction& function, unsigned mask, const void* in, void
     gathering = &g;
   }
   if (!gathering) {
-    warp.in_flight.emplace_back();
-    gathering = &warp.in_flight.back();
+    gathering = free_place ? free_place : &warp.in_flight.emplace_back();
+    gathering->arrived = 0;
     gathering->mask = gathering->call.mask = mask;
     gathering->function = &function;
   }
@@ -762,8 +779,7 @@ void warp_call(const WarpFunction& function, unsigned mask, const void* in, void
   function.run(gathering->call);  // every other lane waits, so their in and out are alive
   const unsigned first = 32 * (fiber.rank / 32);
   if (function.orders_memory) race_sync_warp(w, first / 32, mask);
-  *gathering = warp.in_flight.back();
-  warp.in_flight.pop_back();
+  gathering->mask = 0;
   // This lane goes on at once; the others follow, from a random lane onwards.
   const unsigned start = static_cast<unsigned>(next_random(w) % 32);
   for (unsigned i = 0; i < 32; ++i) {

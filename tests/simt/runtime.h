@@ -3,9 +3,9 @@
 
 // The inside of the emulator: what runtime.cpp (scheduler, errors) and race.cpp (race detector) share.
 //
-// A Worker belongs to one thread of the host and runs one block at a time; a Fiber is one CUDA thread. A fiber runs until
-// it waits (barrier, warp function) or ends. What may run is in a queue; an empty queue with fibers alive is a deadlock,
-// so nothing ever hangs.
+// A Worker belongs to one thread of the host and runs one block at a time; a Fiber is one CUDA thread. A fiber runs
+// until it waits (barrier, warp function) or ends. What may run is in a queue; an empty queue with fibers alive is a
+// deadlock, so nothing ever hangs.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct AsyncCopy {
 };
 
 struct Fiber : ThreadView {
-  void* sp = nullptr;               // where to go on
+  void* sp = nullptr;  // where to go on
   bool done = false;
   const char* waits_for = nullptr;  // null while it may run
   unsigned waits_mask = 0;
@@ -33,13 +33,13 @@ struct Fiber : ThreadView {
   unsigned group = 0;  // of cp.async, the open one
 
   // Race detector. Times are values of one counter that grows at every synchronisation.
-  uint32_t now = 0;        // the last synchronisation of this thread
+  uint32_t now = 0;         // the last synchronisation of this thread
   uint32_t knows[32] = {};  // per lane of the warp: everything that it did before then is ordered before what we do
   bool fenced = false;
 };
 
-struct Gathering {  // lanes on their way into one call of a warp function
-  unsigned mask = 0, arrived = 0;
+struct Gathering {                 // lanes on their way into one call of a warp function
+  unsigned mask = 0, arrived = 0;  // no mask: a free place
   const WarpFunction* function = nullptr;
   WarpCall call;
 };
@@ -61,6 +61,7 @@ struct Worker : BlockView {
   std::vector<Warp> warps;
   NamedBarrier named[16];
   std::vector<unsigned> queue;  // a ring of ranks
+  std::vector<unsigned> order;  // scratch of a barrier
   size_t queue_head = 0, queue_size = 0;
   Fiber* current = nullptr;  // null: the scheduler runs
   void* scheduler_sp = nullptr;
@@ -89,15 +90,15 @@ struct Worker : BlockView {
   const void* data = nullptr;
 };
 
-extern thread_local Worker* worker __attribute__((tls_model("initial-exec")));
+extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 constexpr size_t kStackBytes = 256 << 10;  // with its guard; only what is touched is ever backed by memory
 constexpr size_t kGuardBytes = 64 << 10;   // more than a frame, or a large one would step over it
 constexpr size_t kArenaBytes = 99 << 10;   // the largest block of compute capabilities 8.6 and 8.9
 constexpr size_t kPage = 4096;
 
-std::string place_of(const Fiber& fiber);              // "thread (3,0,0)"
-std::string line_of(void* pc);                         // "file.cu:12", or the offset in the library
-[[noreturn]] void fail_at(void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
+std::string place_of(const Fiber& fiber);  // "thread (3,0,0)"
+std::string line_of(void* pc);             // "file.cu:12", or the offset in the library
+SIMT_NORETURN void fail_at(void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // race.cpp; all of them return at once in the plain build.
 extern bool race_build;

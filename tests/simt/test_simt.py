@@ -264,7 +264,9 @@ def test_packs(build, dtype):
 
 def test_math(build):
     inf, nan, tiny = float("inf"), float("nan"), torch.finfo(torch.float32).tiny
-    v = torch.cat([torch.tensor([0.0, 1.0, 3.0, inf, -inf, nan, tiny / 2, -200.0, -126.5, 1.0 + 2**-11]), torch.randn(50)])
+    v = torch.cat(
+        [torch.tensor([0.0, 1.0, 3.0, inf, -inf, nan, tiny / 2, -200.0, -126.5, 1.0 + 2**-11]), torch.randn(50)]
+    )
     out = torch.zeros(4, 60)
     assert build.run("ok_math", v, out=out, n=60) is None
     exp = v.exp2()

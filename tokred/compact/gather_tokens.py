@@ -84,7 +84,9 @@ def reference(
         lists = kept_idx if dim == kept_idx.dim() - 1 else kept_idx[:, None].expand(-1, x.shape[1], -1)
         valid = (lists >= 0) & (lists < x.shape[dim])
         tail = (1,) * (x.dim() - dim - 1)
-        index = torch.where(valid, lists, 0).long().reshape(*lists.shape, *tail).expand(*lists.shape, *x.shape[dim + 1 :])
+        index = (
+            torch.where(valid, lists, 0).long().reshape(*lists.shape, *tail).expand(*lists.shape, *x.shape[dim + 1 :])
+        )
         if x.shape[dim] == 0:
             gathered.append(x.new_zeros(index.shape))
             continue

@@ -101,18 +101,17 @@ def reference(
     """Define prune_topk in plain PyTorch; tests and benchmarks measure against this."""
     if cu_seqlens is None:
         spans = None
-        rows = [(s, b) for b, s in enumerate(score.unbind(0))]
-        starts = [0] * len(rows)
+        rows = list(score.unbind(0))
         sources = [list(t.unbind(0)) for t in (x, *(others or ()))]
     else:
         spans = list(zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:]))
-        rows = [(score[a:e], b) for b, (a, e) in enumerate(spans)]
-        starts = [a for a, _ in spans]
+        rows = [score[a:e] for a, e in spans]
         sources = [[t[a:e] for a, e in spans] for t in (x, *(others or ()))]
     picked = []
-    for row, b in rows:
-        where = (lambda m, b=b, row=row: None if m is None else (m[b] if spans is None else m[starts[b] : starts[b] + len(row)]))
-        picked.append(select_reference(row, k, where(keep_mask), where(drop_mask)))
+    for b, row in enumerate(rows):
+        part = b if spans is None else slice(*spans[b])
+        masks = [None if mask is None else mask[part] for mask in (keep_mask, drop_mask)]
+        picked.append(select_reference(row, k, *masks))
     kept_idx = torch.stack(picked) if picked else torch.empty((0, k), dtype=torch.int64, device=x.device)
     outputs = []
     for tensor, per_row in zip((x, *(others or ())), sources):

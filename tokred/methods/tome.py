@@ -19,7 +19,9 @@ METHOD = Method(
         "Ties go to the lowest index.",
         "The metric and the sizes are float32 whatever the model's dtype.",
     ),
-    compat={"released": "the released order of tokens: unmerged (by similarity without a class token), then destinations"},
+    compat={
+        "released": "the released order of tokens: unmerged (by similarity without a class token), then destinations"
+    },
 )
 
 

@@ -1,3 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
 """Importance of tokens."""
+
+from tokred.score.attn_received import attn_received as attn_received

@@ -27,6 +27,10 @@ from tokred.testing.compare import assert_close
 SCHEMA = 1  # of the results file
 
 
+def _whole(out: Any) -> Any:
+    return out
+
+
 @dataclass
 class Case:
     """One row of a benchmark: the same work done by tokred and by its peers.
@@ -54,7 +58,7 @@ class Case:
     run: dict[str, Callable[..., Any]]
     bytes: float = 0.0
     flops: float = 0.0
-    compare: Callable[[Any], Any] | None = staticmethod(lambda out: out)
+    compare: Callable[[Any], Any] | None = _whole
     tolerance: tuple[float, float] | None = None
     min_copies: int = 1
     reach: float | None = None
@@ -156,7 +160,9 @@ def _prepared(function: Callable[..., Any], inputs: list[tuple[Any, ...]], devic
     return graph.replay
 
 
-def measure(case: Case, device: str, threads: int, bandwidth: float, *, smoke: bool = False, seconds: float = 1.5) -> Row:
+def measure(
+    case: Case, device: str, threads: int, bandwidth: float, *, smoke: bool = False, seconds: float = 1.5
+) -> Row:
     """Compare the outputs of all candidates, then time them. ``seconds`` is aimed at per candidate."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -224,11 +230,15 @@ def facts(device: str) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     try:
         here = Path(tokred.__file__).parent
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
         revision = commit.stdout.strip() or "unknown"
     except OSError:
         revision = "unknown"
@@ -247,7 +257,12 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], device: str = "cpu", threads: Sequence[int] = (1, 2), *, smoke: bool = False, seconds: float = 1.5
+    cases: Sequence[Case],
+    device: str = "cpu",
+    threads: Sequence[int] = (1, 2),
+    *,
+    smoke: bool = False,
+    seconds: float = 1.5,
 ) -> list[Row]:
     """Measure every case under every thread count, printing a row as soon as it is there."""
     rows = []

@@ -16,12 +16,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simt/core.h"
-// After core.h, and in this order.
-#include "simt/warp.h"
-#include "simt/mma.h"
 #include "simt/atomics.h"
+#include "simt/core.h"
 #include "simt/intrinsics.h"
+#include "simt/mma.h"
+#include "simt/warp.h"
 
 // ---- keywords. __noinline__ is not among them: as a macro it breaks libstdc++.
 #define __global__
@@ -46,7 +45,7 @@ inline int __syncthreads_and(int predicate) { return simt::barrier(simt::Barrier
 inline int __syncthreads_count(int predicate) { return simt::barrier(simt::Barrier::kCount, predicate); }
 inline void __threadfence() { simt::fence(); }
 inline void __threadfence_block() {}  // orders, but does not wait: no order for the race detector
-[[noreturn]] inline void __trap() { simt::fail("__trap()"); }
+SIMT_NORETURN inline void __trap() { simt::fail("__trap()"); }
 
 // ---- the host side
 struct CUstream_st;
@@ -102,12 +101,24 @@ inline cudaError_t cudaGetDevice(int* device) {
 // A small made-up device of compute capability 8.0 with the shared memory of 8.6 and 8.9, which run its code.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 99 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 100 << 10; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 99 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 100 << 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
   }
   return cudaSuccess;
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 
-// Kernels that use csrc/common and the emulator rightly (ok_) and wrongly (bad_); test_simt.py says what each must give.
-// The right ones also compile with nvcc, for a comparison with a GPU.
+// Kernels that use csrc/common and the emulator rightly (ok_) and wrongly (bad_); test_simt.py says what each must
+// give. The right ones also compile with nvcc, for a comparison with a GPU.
 #include <cstring>
 
 #include "common/block.cuh"
@@ -25,11 +25,17 @@ struct Case {
   void* out = nullptr;
   int n = 0;
   template <typename T>
-  const T* in_a() const { return static_cast<const T*>(a); }
+  const T* in_a() const {
+    return static_cast<const T*>(a);
+  }
   template <typename T>
-  const T* in_b() const { return static_cast<const T*>(b); }
+  const T* in_b() const {
+    return static_cast<const T*>(b);
+  }
   template <typename T>
-  T* to() const { return static_cast<T*>(out); }
+  T* to() const {
+    return static_cast<T*>(out);
+  }
 };
 struct Entry {
   const char* name;
@@ -41,8 +47,8 @@ struct Register {
   Entry entry;
   Register(const char* name, int (*run)(const Case&)) : entry{name, run, entries} { entries = &entry; }
 };
-#define CASE(name)                           \
-  int run_##name(const Case& c);             \
+#define CASE(name)                             \
+  int run_##name(const Case& c);               \
   Register register_##name(#name, run_##name); \
   int run_##name([[maybe_unused]] const Case& c)
 
@@ -77,9 +83,7 @@ __global__ void ok_warp_functions(const int* in, int* out) {
   put(static_cast<int>(warp_min(static_cast<int64_t>(v) << 33) >> 33));
   put(warp_inclusive_scan(v));
 }
-CASE(ok_warp_functions) {
-  return launch(ok_warp_functions, 1, 32, 0, nullptr, c.in_a<int>(), c.to<int>());
-}
+CASE(ok_warp_functions) { return launch(ok_warp_functions, 1, 32, 0, nullptr, c.in_a<int>(), c.to<int>()); }
 
 // The two halves of a warp meet in calls of their own, one of them twice as often, then all meet.
 __global__ void ok_two_masks(const int* in, int* out) {
@@ -157,7 +161,9 @@ __global__ void ok_named_barriers(const int* in, int* out) {
     }
   }
 }
-CASE(ok_named_barriers) { return launch(ok_named_barriers, 1, 128, 0 + sizeof(PairStorage), nullptr, c.in_a<int>(), c.to<int>()); }
+CASE(ok_named_barriers) {
+  return launch(ok_named_barriers, 1, 128, 0 + sizeof(PairStorage), nullptr, c.in_a<int>(), c.to<int>());
+}
 
 struct CountStorage {
   int count[4];
@@ -184,9 +190,7 @@ __global__ void ok_atomics(const int* in, int* out, int n) {
   if (rank == 4) atomicMax(&out[4], static_cast<int>(shared.highest));
   if (rank == 5) atomicAdd(&out[5], __popcll(shared.seen));
 }
-CASE(ok_atomics) {
-  return launch(ok_atomics, 5, 64, sizeof(CountStorage), nullptr, c.in_a<int>(), c.to<int>(), c.n);
-}
+CASE(ok_atomics) { return launch(ok_atomics, 5, 64, sizeof(CountStorage), nullptr, c.in_a<int>(), c.to<int>(), c.n); }
 
 struct TicketStorage {
   BlockScratch scratch;
@@ -254,7 +258,9 @@ __global__ void ok_mma_tf32(const float* a, const float* b, float* out, int mode
   }
   for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = acc[i];
 }
-CASE(ok_mma_tf32) { return launch(ok_mma_tf32, 1, 32, 0, nullptr, c.in_a<float>(), c.in_b<float>(), c.to<float>(), c.n); }
+CASE(ok_mma_tf32) {
+  return launch(ok_mma_tf32, 1, 32, 0, nullptr, c.in_a<float>(), c.in_b<float>(), c.to<float>(), c.n);
+}
 
 struct TileStorage {
   alignas(16) c10::Half a[16 * 16];
@@ -408,9 +414,7 @@ __global__ void ok_packs(const T* in, T* out, int n) {
 CASE(ok_packs_half) {
   return launch(ok_packs<c10::Half, 8>, 2, 32, 0, nullptr, c.in_a<c10::Half>(), c.to<c10::Half>(), c.n);
 }
-CASE(ok_packs_float) {
-  return launch(ok_packs<float, 2>, 5, 64, 0, nullptr, c.in_a<float>(), c.to<float>(), c.n);
-}
+CASE(ok_packs_float) { return launch(ok_packs<float, 2>, 5, 64, 0, nullptr, c.in_a<float>(), c.to<float>(), c.n); }
 
 __global__ void ok_math(const float* in, float* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
@@ -436,9 +440,7 @@ struct IntStorage {
     (void)lane, (void)rank, (void)in, (void)out, (void)shared;                                                 \
     __VA_ARGS__                                                                                                \
   }                                                                                                            \
-  CASE(name) {                                                                                                 \
-    return launch(name, 2, num_threads, sizeof(IntStorage), nullptr, c.in_a<int>(), c.to<int>());              \
-  }                                                                                                            \
+  CASE(name) { return launch(name, 2, num_threads, sizeof(IntStorage), nullptr, c.in_a<int>(), c.to<int>()); } \
   static_assert(true)
 
 // Barriers.
@@ -463,7 +465,7 @@ BAD(bad_loop_counts, 32, for (int i = 0; i <= lane / 31; ++i) __syncwarp(););
 // Memory.
 BAD(bad_shared_past_end, 32, shared.v[rank + 128 - 31] = 1;);
 BAD(bad_shared_before_start, 32, (&shared.v[0])[rank - 31] = 1;);
-BAD(bad_null, 32, int* p = nullptr; asm volatile("" : "+r"(p)); if (lane == 3) *p = 1;);
+BAD(bad_null, 32, int* p = nullptr; asm volatile("" : "+r"(p)); if (lane == 3) * p = 1;);
 BAD(bad_trap, 32, if (lane == 3) __trap(););
 __global__ void bad_storage() {
   TOKRED_SHARED(IntStorage, shared);
@@ -502,10 +504,12 @@ BAD(race_shuffle_is_no_fence, 32, shared.v[lane] = __shfl_xor_sync(kFullMask, la
 BAD(race_syncwarp_across_warps, 64, shared.v[rank] = rank; __syncwarp(); out[rank] = shared.v[rank ^ 32];);
 BAD(race_syncwarp_of_halves, 32, shared.v[lane] = lane; __syncwarp(lane < 16 ? 0xffffu : 0xffff0000u);
     out[lane] = shared.v[lane ^ 16];);
-BAD(race_named_barrier_left_out, 96, if (rank < 64) {
-  shared.v[rank] = rank;
-  named_barrier_sync(1, 64);
-} else { out[rank] = shared.v[rank - 64]; });
+BAD(
+    race_named_barrier_left_out, 96,
+    if (rank < 64) {
+      shared.v[rank] = rank;
+      named_barrier_sync(1, 64);
+    } else { out[rank] = shared.v[rank - 64]; });
 BAD(race_atomic_and_plain, 64, if (rank == 0) shared.v[0] = 0; __syncthreads(); atomicAdd(&shared.v[0], 1);
     out[rank] = shared.v[0];);
 BAD(race_across_blocks, 32, out[lane] = static_cast<int>(blockIdx.x););
@@ -516,8 +520,8 @@ BAD(race_bytes, 64, reinterpret_cast<unsigned char*>(shared.v)[rank / 2] = 1;);
 BAD(ok_bytes, 64, reinterpret_cast<unsigned char*>(shared.v)[rank] = static_cast<unsigned char>(rank); __syncthreads();
     out[64 * blockIdx.x + rank] = reinterpret_cast<unsigned char*>(shared.v)[63 - rank];);
 BAD(ok_syncwarp_chain, 32, shared.v[lane] = lane; __syncwarp(lane < 16 ? 0xffffu : 0xffff0000u);
-    if (lane == 0 || lane == 16) __syncwarp(0x00010001u);
-    __syncwarp(lane < 16 ? 0xffffu : 0xffff0000u); out[64 * blockIdx.x + lane] = shared.v[lane ^ 16];);
+    if (lane == 0 || lane == 16) __syncwarp(0x00010001u); __syncwarp(lane < 16 ? 0xffffu : 0xffff0000u);
+    out[64 * blockIdx.x + lane] = shared.v[lane ^ 16];);
 BAD(ok_leader, 64, if (rank == 0) shared.v[7] = 42; __syncthreads(); out[64 * blockIdx.x + rank] = shared.v[7];
     __syncthreads(); if (rank == 63) shared.v[7] = 43;);
 #endif

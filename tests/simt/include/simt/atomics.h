@@ -36,20 +36,20 @@ SIMT_UNSEEN T atomic(T* address, Op op) {
 }  // namespace simt
 
 // A functor instead of a lambda, so that the race build does not instrument it.
-#define SIMT_ATOMIC(name, T, expression)                     \
-  inline T name(T* address, T v) {                           \
-    struct Op {                                              \
-      T v;                                                   \
-      SIMT_UNSEEN T operator()(T old) const {                \
-        (void)old;                                           \
-        return expression;                                   \
-      }                                                      \
-    };                                                       \
-    return simt::atomic(address, Op{v});                     \
+#define SIMT_ATOMIC(name, T, expression)      \
+  inline T name(T* address, T v) {            \
+    struct Op {                               \
+      T v;                                    \
+      SIMT_UNSEEN T operator()(T old) const { \
+        (void)old;                            \
+        return expression;                    \
+      }                                       \
+    };                                        \
+    return simt::atomic(address, Op{v});      \
   }
-#define SIMT_ATOMIC_INTEGERS(name, expression)    \
-  SIMT_ATOMIC(name, int, expression)              \
-  SIMT_ATOMIC(name, unsigned, expression)         \
+#define SIMT_ATOMIC_INTEGERS(name, expression) \
+  SIMT_ATOMIC(name, int, expression)           \
+  SIMT_ATOMIC(name, unsigned, expression)      \
   SIMT_ATOMIC(name, unsigned long long, expression)
 
 SIMT_ATOMIC_INTEGERS(atomicAdd, old + v)
@@ -61,7 +61,7 @@ SIMT_ATOMIC_INTEGERS(atomicMax, old < v ? v : old)
 SIMT_ATOMIC(atomicMax, long long, old < v ? v : old)
 SIMT_ATOMIC_INTEGERS(atomicMin, v < old ? v : old)
 SIMT_ATOMIC(atomicMin, long long, v < old ? v : old)
-SIMT_ATOMIC_INTEGERS(atomicAnd, old & v)
+SIMT_ATOMIC_INTEGERS(atomicAnd, old& v)
 SIMT_ATOMIC_INTEGERS(atomicOr, old | v)
 SIMT_ATOMIC_INTEGERS(atomicXor, old ^ v)
 SIMT_ATOMIC_INTEGERS(atomicExch, v)
@@ -71,15 +71,13 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > v ? v : old - 1)
 #undef SIMT_ATOMIC_INTEGERS
 #undef SIMT_ATOMIC
 
-#define SIMT_ATOMIC_CAS(T)                                  \
-  inline T atomicCAS(T* address, T compare, T v) {          \
-    struct Op {                                             \
-      T compare, v;                                         \
-      SIMT_UNSEEN T operator()(T old) const {               \
-        return old == compare ? v : old;                    \
-      }                                                     \
-    };                                                      \
-    return simt::atomic(address, Op{compare, v});           \
+#define SIMT_ATOMIC_CAS(T)                                                       \
+  inline T atomicCAS(T* address, T compare, T v) {                               \
+    struct Op {                                                                  \
+      T compare, v;                                                              \
+      SIMT_UNSEEN T operator()(T old) const { return old == compare ? v : old; } \
+    };                                                                           \
+    return simt::atomic(address, Op{compare, v});                                \
   }
 SIMT_ATOMIC_CAS(int)
 SIMT_ATOMIC_CAS(unsigned)

@@ -14,6 +14,12 @@
 #else
 #define SIMT_UNSEEN
 #endif
+#ifdef __SANITIZE_ADDRESS__
+// Before a call that does not return, AddressSanitizer cleans the host thread's stack, and a fiber is not on it.
+#define SIMT_NORETURN
+#else
+#define SIMT_NORETURN [[noreturn]]
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -36,9 +42,9 @@ struct BlockView {
   uint3 block_idx;
   dim3 block_dim, grid_dim;
 };
-// initial-exec: one instruction instead of a call per use of threadIdx.
-extern thread_local const ThreadView* this_thread __attribute__((tls_model("initial-exec")));
-extern thread_local const BlockView* this_block __attribute__((tls_model("initial-exec")));
+// __thread and initial-exec: one instruction per use of threadIdx, where thread_local makes two calls.
+extern __thread const ThreadView* this_thread __attribute__((tls_model("initial-exec")));
+extern __thread const BlockView* this_block __attribute__((tls_model("initial-exec")));
 
 SIMT_UNSEEN inline uint3 thread_idx() { return this_thread->thread_idx; }
 SIMT_UNSEEN inline uint3 block_idx() { return this_block->block_idx; }
@@ -76,7 +82,7 @@ int launch(const GridAt& grid, dim3 block, size_t shared_bytes, const Body& body
 const char* error_string(int error);  // of the calling thread's last failed launch
 
 // Ends the launch with a message that names block and thread. Does not return.
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+SIMT_NORETURN void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 unsigned char* shared(size_t bytes_needed);  // the block's arena; an error if the launch gave less
 

@@ -12,19 +12,13 @@
 #include "simt/core.h"
 
 // ---- vector types, aligned as in CUDA
-#define SIMT_VECTORS(T, name, align2, align4)                                          \
-  struct name##1 {                                                                     \
-    T x;                                                                               \
-  };                                                                                   \
-  struct alignas(align2) name##2 {                                                     \
-    T x, y;                                                                            \
-  };                                                                                   \
-  struct alignas(align4) name##4 {                                                     \
-    T x, y, z, w;                                                                      \
-  };                                                                                   \
-  inline name##1 make_##name##1(T x) { return name##1{x}; }                            \
-  inline name##2 make_##name##2(T x, T y) { return name##2{x, y}; }                    \
-  inline name##4 make_##name##4(T x, T y, T z, T w) { return name##4{x, y, z, w}; }
+#define SIMT_VECTORS(T, name, align2, align4)                        \
+  struct name##1 { T x; };                                           \
+  struct alignas(align2) name##2 { T x, y; };                        \
+  struct alignas(align4) name##4 { T x, y, z, w; };                  \
+  inline name##1 make_##name##1(T x) { return name##1 {x}; }         \
+  inline name##2 make_##name##2(T x, T y) { return name##2 {x, y}; } \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return name##4 {x, y, z, w}; }
 SIMT_VECTORS(signed char, char, 2, 4)
 SIMT_VECTORS(unsigned char, uchar, 2, 4)
 SIMT_VECTORS(short, short, 4, 8)
@@ -36,18 +30,16 @@ SIMT_VECTORS(unsigned long long, ulonglong, 16, 16)
 SIMT_VECTORS(float, float, 8, 16)
 SIMT_VECTORS(double, double, 16, 16)
 #undef SIMT_VECTORS
-#define SIMT_VECTOR3(T, name) \
-  struct name##3 {            \
-    T x, y, z;                \
-  };                          \
-  inline name##3 make_##name##3(T x, T y, T z) { return name##3{x, y, z}; }
+#define SIMT_VECTOR3(T, name)    \
+  struct name##3 { T x, y, z; }; \
+  inline name##3 make_##name##3(T x, T y, T z) { return name##3 {x, y, z}; }
 SIMT_VECTOR3(int, int)
 SIMT_VECTOR3(float, float)
 #undef SIMT_VECTOR3
 inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return uint3{x, y, z}; }
 
 // ---- min and max, with the mixed signs that CUDA also takes
-#define SIMT_MIN_MAX(T, A, B)                                                       \
+#define SIMT_MIN_MAX(T, A, B)                                                                                         \
   constexpr T min(A a, B b) { return static_cast<T>(b) < static_cast<T>(a) ? static_cast<T>(b) : static_cast<T>(a); } \
   constexpr T max(A a, B b) { return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a); }
 SIMT_MIN_MAX(int, int, int)
@@ -101,7 +93,8 @@ inline unsigned __brev(unsigned v) {
   return reversed;
 }
 inline unsigned long long __brevll(unsigned long long v) {
-  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 | __brev(static_cast<unsigned>(v >> 32));
+  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 |
+         __brev(static_cast<unsigned>(v >> 32));
 }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;

@@ -11,10 +11,10 @@
 namespace simt {
 
 template <typename T>
-constexpr bool kShuffles = std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, long> ||
-                           std::is_same_v<T, unsigned long> || std::is_same_v<T, long long> ||
-                           std::is_same_v<T, unsigned long long> || std::is_same_v<T, float> ||
-                           std::is_same_v<T, double>;
+constexpr bool kShuffles =
+    std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, long> ||
+    std::is_same_v<T, unsigned long> || std::is_same_v<T, long long> || std::is_same_v<T, unsigned long long> ||
+    std::is_same_v<T, float> || std::is_same_v<T, double>;
 
 enum class Shuffle { kIdx, kUp, kDown, kXor };
 
@@ -29,10 +29,17 @@ inline int shuffle_source(Shuffle kind, int lane, int argument, int width) {
   const int first = lane & ~(width - 1), last = first + width - 1;
   int from = lane;
   switch (kind) {
-    case Shuffle::kIdx: return first + (argument & (width - 1));
-    case Shuffle::kUp: from = lane - (argument & 31); return from >= first ? from : lane;
-    case Shuffle::kDown: from = lane + (argument & 31); return from <= last ? from : lane;
-    case Shuffle::kXor: from = lane ^ (argument & 31); return from <= last ? from : lane;
+    case Shuffle::kIdx:
+      return first + (argument & (width - 1));
+    case Shuffle::kUp:
+      from = lane - (argument & 31);
+      return from >= first ? from : lane;
+    case Shuffle::kDown:
+      from = lane + (argument & 31);
+      return from <= last ? from : lane;
+    case Shuffle::kXor:
+      from = lane ^ (argument & 31);
+      return from <= last ? from : lane;
   }
   return lane;
 }
@@ -86,23 +93,23 @@ SIMT_UNSEEN T reduce(unsigned mask, T value) {
   warp_call(kFunction, mask, &value, &out);
   return out;
 }
-#define SIMT_OP(Name, cuda_name, expression)               \
-  struct Name {                                            \
-    static constexpr const char* kName = cuda_name;        \
-    template <typename T>                                  \
-    SIMT_UNSEEN T operator()(T a, T b) const {             \
-      return expression;                                   \
-    }                                                      \
+#define SIMT_OP(Name, cuda_name, expression)        \
+  struct Name {                                     \
+    static constexpr const char* kName = cuda_name; \
+    template <typename T>                           \
+    SIMT_UNSEEN T operator()(T a, T b) const {      \
+      return expression;                            \
+    }                                               \
   }
 SIMT_OP(ReduceAdd, "__reduce_add_sync", a + b);
 SIMT_OP(ReduceMin, "__reduce_min_sync", b < a ? b : a);
 SIMT_OP(ReduceMax, "__reduce_max_sync", a < b ? b : a);
-SIMT_OP(ReduceAnd, "__reduce_and_sync", a & b);
+SIMT_OP(ReduceAnd, "__reduce_and_sync", a& b);
 SIMT_OP(ReduceOr, "__reduce_or_sync", a | b);
 SIMT_OP(ReduceXor, "__reduce_xor_sync", a ^ b);
 SIMT_OP(Ballot, "__ballot_sync", a | b);
 SIMT_OP(Any, "__any_sync", a | b);
-SIMT_OP(All, "__all_sync", a & b);
+SIMT_OP(All, "__all_sync", a& b);
 #undef SIMT_OP
 
 template <typename T>

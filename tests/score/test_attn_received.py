@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""The reference runs in float64 on the same (rounded) inputs, so the tolerance is that of float32 arithmetic alone, for
+every input dtype: logits of magnitude s carry an error of about s * 2^-24 * sqrt(head_dim), which the exponential turns
+into a relative one; 2e-5 covers s up to 50."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokred
+from tokred.testing import assert_close
+
+reference = importlib.import_module("tokred.score.attn_received").reference
+INF, NAN = float("inf"), float("nan")
+
+
+def make(device, dtype, batch_size, heads, q_len, kv_len, head_dim, gain=2.0):
+    num_q_heads, num_kv_heads = heads
+    q = gain * torch.randn(batch_size, num_q_heads, q_len, head_dim)
+    k = torch.randn(batch_size, num_kv_heads, kv_len, head_dim)
+    return q.to(device, dtype), k.to(device, dtype)
+
+
+def check(q, k, **options):
+    actual = tokred.attn_received(q, k, **options)
+    assert all(out.dtype == torch.float32 and out.is_contiguous() for out in actual)
+    assert_close(actual, reference(q.double(), k.double(), **options), rtol=2e-5, atol=2e-6, name="attn_received")
+    return actual
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("q_len", [0, 1, 2, 31, 33, 64, 65, 150])
+def test_sizes(device, q_len, causal):
+    for kv_len in (0, 1, 16, 31, 32, 33, 63, 64, 65, 127, 129, 197):
+        check(*make(device, torch.float32, 1, (2, 1), q_len, kv_len, 8), causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [1, 15, 40, 48, 64, 72, 80, 90, 96, 128, 160, 192, 256])
+def test_head_dims(device, dtype, head_dim):
+    check(*make(device, dtype, 2, (2, 2), 37, 75, head_dim), causal=True)
+
+
+@pytest.mark.parametrize("num_tokens", [197, 577, 729])
+def test_odd_sizes(device, dtype, num_tokens, simt):
+    if simt and num_tokens > 197 and dtype != torch.bfloat16:
+        return
+    received, _ = check(*make(device, dtype, 1, (1, 1) if simt else (2, 2), num_tokens, num_tokens, 64))
+    check(*make(device, dtype, 1, (1, 1), num_tokens, num_tokens // 3, 72), causal=True)
+    assert_close(received.sum(-1), torch.full_like(received[..., 0], num_tokens), rtol=1e-5, name="mass")
+
+
+# One split of the keys and more on CUDA; on the CPU fewer rows per tile beyond 8,192 keys, a second product beyond 32,768.
+@pytest.mark.parametrize("kv_len", [1023, 1024, 1025, 3100, 9000, 33000])
+def test_long_keys(device, dtype, kv_len, simt):
+    if simt and (kv_len > 4000 or dtype == torch.float16):
+        return
+    for causal in (False, True):
+        q, k = make(device, dtype, 1, (2, 1), 9 if simt else 17, kv_len, 40)
+        check(q, k, causal=causal)
+        check(q, k, causal=causal, q_start=700, reduce="max")
+
+
+def test_many_rows_cut_into_tasks(device, threads, simt):
+    q, k = make(device, torch.float32, 1, (2, 1), 300 if simt else 900, 150, 16)
+    weight = torch.randn(1, 2, q.shape[2], device=device)
+    for reduce in ("sum", "max"):
+        first, *rest = threads(lambda reduce=reduce: check(q, k, q_weight=weight, reduce=reduce))
+        for other in rest:
+            assert_close(other, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_gqa_equals_repeated_keys(device, dtype, group):
+    q, k = make(device, dtype, 2, (2 * group, 2), 33, 70, 64)
+    for causal in (False, True):
+        grouped = check(q, k, causal=causal)
+        repeated = check(q, k.repeat_interleave(group, 1), causal=causal)
+        assert_close(grouped, repeated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("q_start", [-100, -7, 0, 5, 40, 59, 60, 100, 1 << 30, -(1 << 30)])
+def test_q_start(device, q_start):
+    q, k = make(device, torch.float32, 1, (4, 2), 35, 60, 24)
+    received, lse = check(q, k, causal=True, q_start=q_start)
+    sees = torch.arange(35, device=device) + q_start >= 0
+    assert ((lse > -INF) == sees).all()
+    assert_close(received.sum(-1), sees.sum().float().expand(1, 4), name="one unit from each query that sees a key")
+    check(q, k, causal=True, q_start=q_start, reduce="max")
+    assert_close(tokred.attn_received(q, k, q_start=q_start), tokred.attn_received(q, k), rtol=0, atol=0)  # not causal
+
+
+def test_windows_are_slices(device):
+    """Windows of queries, each with its position, add up to all queries; so do weights of 0 and 1."""
+    q, k = make(device, torch.bfloat16, 2, (4, 2), 90, 110, 64)
+    whole, lse = check(q, k, causal=True)
+    parts = [check(q[:, :, a:b], k, causal=True, q_start=20 + a) for a, b in ((0, 7), (7, 64), (64, 90))]
+    assert_close(sum(p[0] for p in parts), whole, rtol=1e-5, atol=1e-5)
+    assert_close(torch.cat([p[1] for p in parts], -1), lse, rtol=1e-5, atol=1e-6)
+    window = (torch.arange(90, device=device) >= 64).float().expand(2, 4, 90)
+    assert_close(check(q, k, causal=True, q_weight=window)[0], check(q[:, :, 64:], k, causal=True)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_given_lse(device, dtype, reduce):
+    q, k = make(device, dtype, 2, (4, 2), 45, 130, 64)
+    for causal in (False, True):
+        received, lse = check(q, k, causal=causal, reduce=reduce)
+        again, returned = check(q, k, causal=causal, reduce=reduce, lse=lse)
+        assert_close(again, received, rtol=1e-5, atol=1e-6)
+        assert_close(returned, lse, rtol=0, atol=0)
+        assert returned.data_ptr() != lse.data_ptr()
+    # The lse of all keys with a span of them: the span's part of the row's attention.
+    span = check(q, k[:, :, 30:99], lse=tokred.attn_received(q, k)[1], reduce=reduce)[0]
+    assert_close(span, tokred.attn_received(q, k, reduce=reduce)[0][..., 30:99], rtol=1e-5, atol=1e-6)
+    strided = torch.randn(4, 2, 90, device=device)[..., 20:65].transpose(0, 1)
+    strided[0, 1, 3] = -INF  # contributes nothing
+    check(q, k, lse=strided, reduce=reduce)
+
+
+def test_weights(device):
+    q, k = make(device, torch.float32, 2, (4, 4), 50, 70, 32)
+    weight = torch.randn(2, 4, 50, device=device)
+    for causal in (False, True):
+        check(q, k, q_weight=weight, causal=causal)
+        check(q, k, q_weight=weight, causal=causal, reduce="max")
+        check(q, k, q_weight=weight[:1, :1].expand(2, 4, 50), causal=causal)
+    received = check(q, k, q_weight=-weight.abs(), reduce="max")[0]
+    assert (received == 0).all()  # 0 takes part in the maximum
+    top = check(q, k, reduce="max")[0]
+    assert (top <= check(q, k)[0] * (1 + 1e-5)).all() and (top > 0).all()
+
+
+def test_scale_and_large_logits(device, dtype):
+    q, k = make(device, dtype, 1, (2, 2), 40, 90, 64)
+    for scale in (1e-6, 1.0, 3.0):
+        actual = tokred.attn_received(q, k, scale=scale)
+        expected = reference(q.double(), k.double(), scale=scale)
+        # Logits of up to 300 carry an error of 300 * 2^-24 * 8 into the exponential.
+        assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+    equal = torch.ones_like(q)
+    assert_close(check(equal, torch.ones_like(k))[0], torch.full((1, 2, 90), 40 / 90, device=device), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_nan_and_inf_stay_with_what_they_touch(device, reduce):
+    q, k = make(device, torch.bfloat16, 1, (2, 1), 40, 150, 16)
+    clean = check(q, k, causal=True, q_start=60, reduce=reduce)
+    q[0, 1, 20, 3] = NAN  # a query of head 1 at position 80: NaN for the keys it sees
+    received, lse = check(q, k, causal=True, q_start=60, reduce=reduce)
+    assert lse[0, 1].isnan().nonzero().tolist() == [[20]] and not lse[0, 0].isnan().any()
+    assert received[0, 1].isnan().nonzero().flatten().tolist() == list(range(81))
+    assert_close(received[0, 0], clean[0][0, 0], rtol=0, atol=0)
+    q[0, 1, 20, 3] = 1
+    k[0, 0, 90] = NAN  # a key at position 90: seen by queries from 30 on
+    received, lse = check(q, k, causal=True, q_start=60, reduce=reduce)
+    assert lse[0].isnan().nonzero()[:, 1].tolist() == 2 * list(range(30, 40))
+    k[0, 0, 90] = 1
+    weight = torch.ones(1, 2, 40, device=device)
+    weight[0, 0, 5], weight[0, 0, 6] = NAN, INF
+    received, lse = check(q, k, causal=True, q_start=60, q_weight=weight, reduce=reduce)
+    assert not lse.isnan().any() and received[0, 0, :66].isnan().all()
+    assert (received[0, 0, 66] == INF) and received[0, 0, 67:].isfinite().all()
+    given = lse.clone()
+    given[0, 0, 7] = NAN
+    check(q, k, causal=True, q_start=60, lse=given, reduce=reduce)
+
+
+def test_infinite_logits(device):
+    q, k = torch.ones(1, 1, 3, 16, device=device), torch.randn(1, 1, 40, 16, device=device)
+    q[0, 0, 2] *= -1
+    q, k = q.half(), k.half()
+    k[0, 0, 7, 0] = INF  # logits +inf, +inf, -inf
+    received, lse = check(q, k)
+    assert lse[0, 0].isnan().tolist() == [True, True, False] and received.isnan().all()
+    received, lse = check(q[:, :, 2:], k)  # -inf alone: no attention
+    assert received[0, 0, 7] == 0 and received.isfinite().all()
+    received, lse = check(q[:, :, 2:], k[:, :, 7:8].expand(1, 1, 5, 16))
+    assert (lse == -INF).all() and (received == 0).all()
+
+
+def test_nan_outside_of_the_views_is_not_read(device, dtype):
+    q = torch.full((1, 2, 80, 40), NAN, device=device, dtype=dtype)
+    k = torch.full((1, 2, 100, 40), NAN, device=device, dtype=dtype)
+    q[:, :, 3:36] = torch.randn(1, 2, 33, 40)
+    k[:, :, 5:76] = torch.randn(1, 2, 71, 40)
+    received, _ = check(q[:, :, 3:36, :24], k[:, :, 5:76, :24])
+    assert received.isfinite().all()
+
+
+def test_views(device, dtype):
+    q, k = make(device, dtype, 2, (4, 2), 21, 50, 64)
+    expected = check(q, k, causal=True)
+    blhd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    assert_close(tokred.attn_received(*blhd, causal=True), expected, rtol=0, atol=0)
+    odd = [torch.zeros(*x.shape[:3], 67, device=device, dtype=dtype)[..., 1:65].copy_(x) for x in (q, k)]  # misaligned
+    assert_close(tokred.attn_received(*odd, causal=True), expected, rtol=0, atol=0)
+    check(q[:, :, ::3], k[:, :, ::2])
+    check(q[:1].expand(2, -1, -1, -1), k[:, :1].expand(-1, 2, -1, -1))
+
+
+def test_offsets_beyond_2_31(device, dtype):
+    big = torch.empty(2**32 + 4096, dtype=dtype, device=device)
+    k = big.as_strided((1, 1, 3, 16), (0, 0, 2**31 - 9, 1)) if dtype == torch.float32 else big.as_strided((1, 1, 3, 16), (0, 0, 2**31 + 16, 1))
+    if k[0, 0, -1].storage_offset() + 16 > big.numel():
+        k = k[:, :, :2]
+    k.copy_(torch.randn(k.shape))
+    check(torch.randn(1, 1, 5, 16, device=device).to(dtype), k)
+    check(k, torch.randn(1, 1, 5, 16, device=device).to(dtype))
+    heads = big.as_strided((1, 2, 5, 16), (0, 2**31 + 16, 16, 1))
+    heads.copy_(torch.randn(heads.shape))
+    check(heads, heads, causal=True)
+
+
+def test_row_is_independent_of_its_batch(device, dtype, threads):
+    q, k = make(device, dtype, 5, (4, 2), 70, 140, 64)
+    alone = [tokred.attn_received(q[b : b + 1], k[b : b + 1], causal=True) for b in range(5)]
+    expected = tuple(torch.cat([a[i] for a in alone]) for i in range(2))
+    for result in threads(lambda: tokred.attn_received(q, k, causal=True)):
+        assert_close(result, expected, rtol=0, atol=0)
+    many = tokred.attn_received(q[:1].repeat(300, 1, 1, 1)[:, :, :2], k[:1, :, :8].repeat(300, 1, 1, 1))
+    assert_close(many[0], many[0][:1].expand(300, -1, -1), rtol=0, atol=0)  # more tasks than one slab takes
+
+
+@given(st.data())
+def test_any_shape(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw = data.draw
+    group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    q_len, kv_len, head_dim = draw(st.integers(0, 70)), draw(st.integers(0, 140)), draw(st.integers(1, 70))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    q, k = make(device, dtype, draw(st.integers(0, 2)), (group * kv_heads, kv_heads), q_len, kv_len, head_dim)
+    start = draw(st.one_of(st.none(), st.integers(-80, 160)))
+    received, lse = check(q, k, causal=draw(st.booleans()), q_start=start)
+    seeing = (lse > -INF).sum(-1).float()
+    assert_close(received.sum(-1), seeing, rtol=1e-5, atol=1e-5, name="one unit from each query that sees a key")
+
+
+def test_empty(device):
+    q, k = make(device, torch.float32, 2, (4, 2), 5, 7, 16)
+    for reduce in ("sum", "max"):
+        received, lse = check(q[:, :, :0], k, reduce=reduce)
+        assert (received == 0).all() and received.shape == (2, 4, 7) and lse.shape == (2, 4, 0)
+        received, lse = check(q, k[:, :, :0], reduce=reduce)
+        assert received.shape == (2, 4, 0) and (lse == -INF).all()
+        assert check(q[:0], k[:0], reduce=reduce)[0].shape == (0, 4, 7)
+        assert check(q[:, :0], k, reduce=reduce)[0].shape == (2, 0, 7)
+        assert check(q[:, :0], k[:, :0], reduce=reduce)[0].shape == (2, 0, 7)
+    assert_close(check(q, k[:, :, :0], lse=torch.ones(2, 4, 5, device=device))[1], torch.ones(2, 4, 5, device=device))
+
+
+def test_backward_says_what_to_do(device):
+    q, k = make(device, torch.float32, 1, (2, 2), 5, 7, 16)
+    received, _ = tokred.attn_received(q.requires_grad_(), k)
+    with pytest.raises(RuntimeError, match=r"attn_received: has no gradient; detach q and k, or compute softmax"):
+        received.sum().backward()
+
+
+def test_autocast_casts_q_and_k_only(device):
+    q, k = make(device, torch.float32, 1, (2, 2), 20, 30, 16)
+    weight = torch.rand(1, 2, 20, device=device)
+    lse = tokred.attn_received(q, k)[1]
+    expected = tokred.attn_received(q.bfloat16(), k.bfloat16(), lse=lse, q_weight=weight)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = tokred.attn_received(q, k, lse=lse, q_weight=weight)
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_vmap(device):
+    q, k = torch.randn(3, 2, 4, 6, 8, device=device), torch.randn(2, 2, 9, 3, 8, device=device)
+    weight = torch.rand(2, 4, 6, device=device)
+    for options in ({}, {"q_weight": weight, "causal": True}):
+        mapped = torch.vmap(lambda a, b, o=options: tokred.attn_received(a, b, **o), in_dims=(0, 3))(q, k)
+        for i in range(3):
+            alone = tokred.attn_received(q[i], k[:, :, :, i], **options)
+            assert_close([m[i] for m in mapped], alone, rtol=0, atol=0)
+
+
+def test_inference_and_no_grad(device):
+    q, k = make(device, torch.float32, 1, (2, 2), 40, 30, 16)
+    expected = tokred.attn_received(q, k)
+    with torch.inference_mode():
+        assert_close(tokred.attn_received(q, k), expected, rtol=0, atol=0)
+
+
+ERRORS = {
+    "expected q of shape [batch_size, num_q_heads, q_len, head_dim], got [4, 5, 16]": (
+        lambda q, k, r: tokred.attn_received(q[0], k)
+    ),
+    "expected k of shape [batch_size, num_kv_heads, kv_len, head_dim] with the batch_size and head_dim of q [2, 4, 5, 16], "
+    "got [1, 2, 7, 16]": lambda q, k, r: tokred.attn_received(q, k[:1]),
+    "expected num_q_heads to be a multiple of num_kv_heads, got 3 and 2": lambda q, k, r: tokred.attn_received(q[:, :3], k),
+    "expected head_dim in [1, 256], got 0": lambda q, k, r: tokred.attn_received(q[..., :0], k[..., :0]),
+    "expected head_dim in [1, 256], got 272": (
+        lambda q, k, r: tokred.attn_received(q.repeat(1, 1, 1, 17), k.repeat(1, 1, 1, 17))
+    ),
+    "expected q of dtype float32, float16 or bfloat16, got float64": lambda q, k, r: tokred.attn_received(q.double(), k),
+    "expected k of q's dtype float32, got float16": lambda q, k, r: tokred.attn_received(q, k.half()),
+    "expected q contiguous in its last dimension, got strides [320, 80, 1, 5]": (
+        lambda q, k, r: tokred.attn_received(q.mT.contiguous().mT, k)
+    ),
+    "expected k contiguous in its last dimension, got strides [224, 112, 1, 7]": (
+        lambda q, k, r: tokred.attn_received(q, k.mT.contiguous().mT)
+    ),
+    "expected lse of shape [batch_size, num_q_heads, q_len] = [2, 4, 5], got [2, 4, 4]": (
+        lambda q, k, r: tokred.attn_received(q, k, lse=r[..., :4])
+    ),
+    "expected lse of dtype float32, got float16": lambda q, k, r: tokred.attn_received(q, k, lse=r.half()),
+    "expected q_weight contiguous in its last dimension, got strides [20, 1, 4]": (
+        lambda q, k, r: tokred.attn_received(q, k, q_weight=r.mT.contiguous().mT)
+    ),
+    'expected reduce to be "sum" or "max", got "mean"': lambda q, k, r: tokred.attn_received(q, k, reduce="mean"),
+    "expected scale > 0 and finite, got 0": lambda q, k, r: tokred.attn_received(q, k, scale=0.0),
+    "expected scale > 0 and finite, got nan": lambda q, k, r: tokred.attn_received(q, k, scale=NAN),
+    "expected q_start within 2^31 - 1024 of zero, got 4294967296": (
+        lambda q, k, r: tokred.attn_received(q, k, causal=True, q_start=2**32)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(device, message):
+    q, k = make(device, torch.float32, 2, (4, 2), 5, 7, 16)
+    with pytest.raises(RuntimeError) as caught:
+        ERRORS[message](q, k, torch.rand(2, 4, 5, device=device))
+    assert f"attn_received: {message}" in str(caught.value)
