@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 // Floor: metric read once and half of num_tokens^2 * dim flops per row. A block takes 64 sources and a share of the
-// destinations, 128 at a time: similarities appear in tensor-core accumulators, meet each row's running maximum there and
-// are gone. Accumulators are scaled by the rows' inverse norms, summed from the same tiles while they pass by: half and
-// bfloat16 values enter the product as they are, and metric is read by nothing else. A destination that nobody may choose
-// has the scale NaN, which loses every comparison. Maxima are exact, so the number of shares changes no bit; each share
-// writes 8 bytes per source, (key of the similarity, complement of the destination), and the larger one wins.
-// The second launch combines the shares, ranks the sources and numbers the output rows.
+// destinations, 128 at a time: similarities appear in tensor-core accumulators, meet each row's running maximum there
+// and are gone. Accumulators are scaled by the rows' inverse norms, summed from the same tiles while they pass by: half
+// and bfloat16 values enter the product as they are, and metric is read by nothing else. A destination that nobody may
+// choose has the scale NaN, which loses every comparison. Maxima are exact, so the number of shares changes no bit;
+// each share writes 8 bytes per source, (key of the similarity, complement of the destination), and the larger one
+// wins. The second launch combines the shares, ranks the sources and numbers the output rows.
 #include "common/cp_async.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -16,9 +16,9 @@
 namespace tokred {
 namespace {
 
-constexpr int kThreads = 128;      // four warps: two by rows, two by columns, 32 x 64 similarities each
-constexpr int kStepBytes = 128;    // of each row, per step: 32 floats or 64 halves
-constexpr int kStages = 3;         // 72 KiB: three blocks fill an SM of 227 KiB
+constexpr int kThreads = 128;    // four warps: two by rows, two by columns, 32 x 64 similarities each
+constexpr int kStepBytes = 128;  // of each row, per step: 32 floats or 64 halves
+constexpr int kStages = 3;       // 72 KiB: three blocks fill an SM of 227 KiB
 constexpr int kChunks = kStepBytes / 16;
 constexpr int kRowsPerPass = kThreads / kChunks;
 constexpr int kSrc = kBipartiteBlockSrc, kDst = kBipartiteBlockDst;
@@ -40,7 +40,8 @@ struct MatchStorage {
   unsigned long long best[2][kSrc];  // of the two warps that share a row
 };
 
-// Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become zeros.
+// Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become
+// zeros.
 template <typename T, bool kVectorLoads, int kRows>
 __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t stride_row, int64_t num_rows,
                                    int64_t first_column, int64_t dim) {
@@ -94,8 +95,8 @@ __device__ inline void write_scales(float (&sum)[kRows / kRowsPerPass], float* s
 
 // One warp's 32 x 64 corner of the product of a step; columns from num_cols on are left alone.
 template <typename T>
-__device__ inline void warp_product(StepTile<kSrc>& src, StepTile<kDst>& dst, int first_row, int first_col, int num_cols,
-                                    float (&acc)[2][8][4]) {
+__device__ inline void warp_product(StepTile<kSrc>& src, StepTile<kDst>& dst, int first_row, int first_col,
+                                    int num_cols, float (&acc)[2][8][4]) {
   const int lane = lane_index();
 #pragma unroll
   for (int k = 0; k < kChunks; k += 2) {  // 32 bytes: the depth of one m16n8k16 of halves, one m16n8k8 of floats
@@ -137,15 +138,15 @@ __device__ inline void warp_product(StepTile<kSrc>& src, StepTile<kDst>& dst, in
   }
 }
 
-// The best similarity that this thread has seen for each of its four rows (index 2 m + h: row 16 m + 8 h + lane / 4 of the
-// warp's), and its column in the candidates; -1: nothing but NaN so far.
+// The best similarity that this thread has seen for each of its four rows (index 2 m + h: row 16 m + 8 h + lane / 4 of
+// the warp's), and its column in the candidates; -1: nothing but NaN so far.
 struct ThreadBest {
   float value[4];
   int column[4];
 };
 
-// Folds a tile's accumulators and clears them. Columns ascend, only a larger value replaces, and a comparison with NaN is
-// false.
+// Folds a tile's accumulators and clears them. Columns ascend, only a larger value replaces, and a comparison with NaN
+// is false.
 __device__ inline void thread_fold(float (&acc)[2][8][4], const MatchStorage& shared, int first_row, int first_col,
                                    int tile_begin, ThreadBest& best) {
   const int lane = lane_index();
@@ -185,7 +186,8 @@ __device__ inline void block_join(const ThreadBest& best, int first_row, int war
                (0xffffffffu - static_cast<unsigned>(best.column[r]));
     }
     packed = warp_reduce<4>(packed, Max());
-    if (lane_index() % 4 == 0) shared.best[warp_col][first_row + 16 * (r / 2) + 8 * (r % 2) + lane_index() / 4] = packed;
+    if (lane_index() % 4 == 0)
+      shared.best[warp_col][first_row + 16 * (r / 2) + 8 * (r % 2) + lane_index() / 4] = packed;
   }
   __syncthreads();  // both warps of each row have written
 }
@@ -199,7 +201,7 @@ __device__ inline bool block_any_free(const uint8_t* protect, const BipartiteSet
 
 // grid: batch_size * blocks of sources * splits, the splits of one block side by side: they read the same sources.
 template <typename T, bool kVectorLoads>
-__global__ void __launch_bounds__(kThreads) bipartite_match_kernel(const BipartiteMatchArgs args, int num_splits) {
+__global__ void __launch_bounds__(kThreads, 2) bipartite_match_kernel(const BipartiteMatchArgs args, int num_splits) {
   TOKRED_SHARED(MatchStorage, shared);
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
   const int num_blocks = static_cast<int>(ceil_div<int64_t>(sets.candidate_src(), kSrc));
@@ -291,7 +293,7 @@ __device__ inline int block_first_free(const uint8_t* protect, const BipartiteSe
 
 // What the shares have found for candidate source i of a row.
 struct SourceMatch {
-  uint32_t key;   // its place in the order of merging
+  uint32_t key;  // its place in the order of merging
   float score;
   int64_t token;  // of the destination, -1: there is none
 };
@@ -308,8 +310,7 @@ __device__ inline SourceMatch combine(const BipartiteMatchArgs& args, const Bipa
   }
   const uint32_t key = packed ? static_cast<uint32_t>(packed >> 32) : kKeyNaN;
   const int j = packed ? static_cast<int>(0xffffffffu - static_cast<uint32_t>(packed)) : first_free;
-  const float score =
-      packed ? __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key) : __uint_as_float(0x7fc00000u);
+  const float score = packed ? __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key) : __uint_as_float(0x7fc00000u);
   return {blocked ? kKeyExcluded : key, blocked ? lowest : score, 2 * (sets.first_dst + j) + 1};
 }
 
@@ -335,8 +336,8 @@ struct NumberStorage {
 // Orders "index" and "grouped": one block per row selects the merged sources and counts them before each token.
 // kItems keys of each thread stay in registers; 0: they are read from score again.
 template <int kItems>
-__global__ void __launch_bounds__(kBipartiteNumberThreads) bipartite_number_kernel(const BipartiteMatchArgs args,
-                                                                                   int num_splits) {
+__global__ void __launch_bounds__(kBipartiteNumberThreads)
+    bipartite_number_kernel(const BipartiteMatchArgs args, int num_splits) {
   TOKRED_SHARED(NumberStorage, shared);
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
   const int64_t batch_idx = blockIdx.x;
@@ -372,8 +373,7 @@ __global__ void __launch_bounds__(kBipartiteNumberThreads) bipartite_number_kern
       const int before = block_exclusive_scan((above << 16) | tied, shared.topk.block, &total);  // at most 1024 each
       const int ties_before = ties + (before & 0xffff);
       const int merged = above || (tied && ties_before < bound.num_ties);
-      const int gone_before =
-          gone + (before >> 16) + min(ties_before, bound.num_ties) - min(ties, bound.num_ties);
+      const int gone_before = gone + (before >> 16) + min(ties_before, bound.num_ties) - min(ties, bound.num_ties);
       if (i < n) {
         const int64_t src = sets.first_src + i;
         row_of[2 * src] = merged ? -1 : (by_index ? 2 * src : src) - gone_before;
@@ -414,8 +414,8 @@ struct RankStorage {
 
 // Order "score": a source's rank is the number of sources before it, counted by comparing it with all: quadratic, but
 // spread over all SMs and a fraction of the matching's own quadratic work. grid: batch_size * blocks of sources.
-__global__ void __launch_bounds__(kBipartiteRankThreads) bipartite_rank_kernel(const BipartiteMatchArgs args,
-                                                                               int num_splits) {
+__global__ void __launch_bounds__(kBipartiteRankThreads)
+    bipartite_rank_kernel(const BipartiteMatchArgs args, int num_splits) {
   TOKRED_SHARED(RankStorage, shared);
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
   const int num_blocks = static_cast<int>(ceil_div<int64_t>(sets.num_src, kBipartiteRankThreads));

@@ -55,7 +55,7 @@ def check(metric, r, *, num_protected=0, protect=None, normalize=True, order="in
     """Scores against float64, the match by its similarity, and the map exactly as it follows from both."""
     options = {"num_protected": num_protected, "protect": protect, "normalize": normalize, "order": order}
     dst_idx, match_idx, score = (t.cpu() for t in tokred.bipartite_match(metric, r, **options, return_score=True))
-    batch_size, num_tokens, dim = metric.shape
+    batch_size, num_tokens, _ = metric.shape
     assert dst_idx.dtype == match_idx.dtype == torch.int64 and score.dtype == torch.float32
     expected = [t.cpu() for t in reference(metric.double(), r, **options, return_score=True)]
     if exact:
@@ -202,7 +202,7 @@ def test_zero_nan_inf(device, num_tokens, dtype, simt):
     for order in ORDERS:
         for num_protected in (0, 2):
             check(metric, num_tokens // 3, num_protected=num_protected, order=order)
-    dst_idx, match_idx, score = tokred.bipartite_match(metric, 1, num_protected=2, return_score=True)
+    _, match_idx, score = tokred.bipartite_match(metric, 1, num_protected=2, return_score=True)
     assert (match_idx[2, 2::2] == 3).all() and score[2, 2::2].isnan().all()
     protect = torch.zeros(4, num_tokens, dtype=torch.bool, device=device)
     protect[:, 1:4] = True
@@ -310,7 +310,7 @@ def test_empty(device):
     for shape in ((0, 7, 4), (2, 0, 4), (2, 1, 4), (2, 7, 0), (0, 0, 0)):
         check(torch.randn(*shape, device=device), 0)
         check(torch.randn(*shape, device=device), 0, protect=torch.ones(shape[:2], dtype=torch.bool, device=device))
-    dst_idx, match_idx, score = check(torch.randn(2, 7, 0, device=device), 3)  # all similarities are 0
+    _, match_idx, _ = check(torch.randn(2, 7, 0, device=device), 3)  # all similarities are 0
     assert (match_idx[:, ::2] == 1).all()
 
 
