@@ -39,7 +39,12 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     """Yield the rows of this benchmark."""
     sizes = [(32, 197, 64, 16, 2.0), (2, 4096, 320, 2048, None), (1, 577, 64, 16, None), (8, 577, 1024, 16, None)]
     if device == "cuda":
-        sizes = [(32, 197, 64, 16, None), (32, 577, 64, 16, None), (32, 577, 1024, 16, None), (2, 4096, 640, 2048, None)]
+        sizes = [
+            (32, 197, 64, 16, None),
+            (32, 577, 64, 16, None),
+            (32, 577, 1024, 16, None),
+            (2, 4096, 640, 2048, None),
+        ]
     if smoke:
         sizes = [(2, 197, 64, 16, None)]
     for dtype in (torch.float32, torch.bfloat16):

@@ -171,7 +171,15 @@ def test_protect_mask(device, num_tokens, dtype, simt):
     for order in ORDERS:
         for num_protected in (ORDERS.index(order),) if simt else (0, 1, 3):
             r = max_r(num_tokens, num_protected) // 2
-            check(metric, r, num_protected=num_protected, protect=protect.to(device), normalize=False, order=order, exact=True)
+            check(
+                metric,
+                r,
+                num_protected=num_protected,
+                protect=protect.to(device),
+                normalize=False,
+                order=order,
+                exact=True,
+            )
     unprotected = tokred.bipartite_match(metric[5:], 3, normalize=False, return_score=True)
     with_mask = tokred.bipartite_match(metric, 3, protect=protect.to(device), normalize=False, return_score=True)
     assert_close([t[5:] for t in with_mask], unprotected, rtol=0, atol=0)
@@ -282,7 +290,9 @@ def test_row_is_independent_of_its_batch(device, threads, dtype, shape, simt):
     protect = torch.rand(*shape[:2], device=device) < 0.2
 
     def both():
-        return [tokred.bipartite_match(metric, 20, protect=p, order="score", return_score=True) for p in (None, protect)]
+        return [
+            tokred.bipartite_match(metric, 20, protect=p, order="score", return_score=True) for p in (None, protect)
+        ]
 
     alone = [
         [
@@ -361,13 +371,17 @@ ERRORS = {
     "expected num_protected in [0, 7], got 8": lambda m: tokred.bipartite_match(m, 0, num_protected=8),
     "expected num_protected in [0, 7], got -1": lambda m: tokred.bipartite_match(m, 0, num_protected=-1),
     "expected metric of shape [batch_size, num_tokens, dim], got [7, 4]": lambda m: tokred.bipartite_match(m[0], 1),
-    "expected metric of dtype float32, float16 or bfloat16, got float64": lambda m: tokred.bipartite_match(m.double(), 1),
+    "expected metric of dtype float32, float16 or bfloat16, got float64": lambda m: tokred.bipartite_match(
+        m.double(), 1
+    ),
     "expected metric contiguous in its last dimension, got strides [28, 1, 7]": (
         lambda m: tokred.bipartite_match(m.transpose(1, 2).contiguous().transpose(1, 2), 1)
     ),
     'expected order "index", "grouped" or "score", got "size"': lambda m: tokred.bipartite_match(m, 1, order="size"),
     "expected eps >= 0, got -1": lambda m: tokred.bipartite_match(m, 1, eps=-1.0),
-    "expected protect of dtype bool, got float32": lambda m: tokred.bipartite_match(m, 1, protect=m[:, :, 0].contiguous()),
+    "expected protect of dtype bool, got float32": lambda m: tokred.bipartite_match(
+        m, 1, protect=m[:, :, 0].contiguous()
+    ),
     "expected protect of shape [batch_size, num_tokens] = [2, 7], got [2, 4]": (
         lambda m: tokred.bipartite_match(m, 1, protect=m[:, :4, 0].contiguous() > 0)
     ),
