@@ -72,7 +72,9 @@ int launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, CUstream_s
       return error;
     }
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(args...);
+  // clang-format off: a formatter for C++ splits the brackets
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  // clang-format on
   return cudaGetLastError();
 }
 #endif
