@@ -42,10 +42,11 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& metric, int64_t r, const 
                num_tokens, "], got ", num_protected);
   const BipartiteSets sets = bipartite_sets(num_tokens, num_protected);
   const int64_t max_r = sets.candidate_dst() > 0 ? sets.candidate_src() : 0;
-  TOKRED_CHECK(r >= 0 && r <= max_r, "bipartite_match: expected r in [0, ", max_r,
-               "], the number of unprotected sources (even tokens) when there is an unprotected destination (odd token), "
-               "got ",
-               r);
+  TOKRED_CHECK(
+      r >= 0 && r <= max_r, "bipartite_match: expected r in [0, ", max_r,
+      "], the number of unprotected sources (even tokens) when there is an unprotected destination (odd token), "
+      "got ",
+      r);
   TOKRED_CHECK(eps >= 0, "bipartite_match: expected eps >= 0, got ", eps);
   if (protect) {
     check_dtype("bipartite_match", "protect", *protect, ScalarType::Bool);

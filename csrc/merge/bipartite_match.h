@@ -36,9 +36,9 @@ TOKRED_HOST_DEVICE constexpr BipartiteSets bipartite_sets(int64_t num_tokens, in
   return {(num_tokens + 1) / 2, num_tokens / 2, (num_protected + 1) / 2, num_protected / 2};
 }
 
-// The CPU's tile of similarities, src_rows x dst_rows, out of num_tokens alone: a row's bits do not depend on its batch.
-// At most 256 x 512 (a tile and its operands stay in a 2 MiB L2 cache up to a dim of 512), split evenly so that 289
-// sources do not pay for 512.
+// The CPU's tile of similarities, src_rows x dst_rows, out of num_tokens alone: a row's bits do not depend on its
+// batch. At most 256 x 512 (a tile and its operands stay in a 2 MiB L2 cache up to a dim of 512), split evenly so that
+// 289 sources do not pay for 512.
 struct BipartiteMatchTile {
   int64_t src_rows, dst_rows;
 };
@@ -55,9 +55,9 @@ constexpr int kBipartiteMaxSplits = 8;
 constexpr int kBipartiteNumberThreads = 1024, kBipartiteRankThreads = 256;  // at most, and exactly
 
 struct BipartiteMatchPolicy {
-  bool vector_loads;     // 16 bytes at a time; else one value
-  int num_splits;        // shares of the destinations, one block each; no bit of the result depends on it
-  int64_t match_blocks;  // 0: nothing to match
+  bool vector_loads;                 // 16 bytes at a time; else one value
+  int num_splits;                    // shares of the destinations, one block each; no bit of the result depends on it
+  int64_t match_blocks;              // 0: nothing to match
   int number_threads, number_items;  // of the block that numbers a row; keys per thread in registers, 0: none
 };
 constexpr BipartiteMatchPolicy choose_policy(const BipartiteMatchArgs& a, uint64_t address) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 // One task per block of sources: it meets all destinations tile by tile and keeps the best of each row, so that the
-// similarities never leave a thread's scratch. Unit vectors are made while packing; protected destinations are not packed
-// at all. Then one task per batch row ranks the sources and numbers the output rows.
+// similarities never leave a thread's scratch. Unit vectors are made while packing; protected destinations are not
+// packed at all. Then one task per batch row ranks the sources and numbers the output rows.
 #include "merge/bipartite_match.h"
 
 #include <algorithm>
@@ -102,8 +102,8 @@ TOKRED_CLONES void fold_best(const float* tile, int64_t rows, int64_t stride_row
   }
 }
 
-// The destinations that sources of a batch row may choose from, ascending, as positions after first_dst: the unprotected
-// candidates, or all of them where there is none.
+// The destinations that sources of a batch row may choose from, ascending, as positions after first_dst: the
+// unprotected candidates, or all of them where there is none.
 int64_t list_destinations(const uint8_t* protect, const BipartiteSets& sets, int32_t* list) {
   int64_t count = 0;
   for (int64_t j = 0; j < sets.candidate_dst(); ++j) {
@@ -136,8 +136,8 @@ void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, const B
   const int64_t num_dst = protect ? list_destinations(protect, sets, s.list.data()) : sets.candidate_dst();
   const int64_t rows = end - begin, step = 2 * a.stride_token;
   const T* first_dst = metric + (2 * sets.first_dst + 1) * a.stride_token;
-  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, 0.f, a.normalize,
-             a.eps, s.src.data());
+  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, 0.f, a.normalize, a.eps,
+             s.src.data());
   std::fill_n(s.best.data(), rows, -kInf);
   std::fill_n(s.best_col.data(), rows, -1);
   for (int64_t col = 0; col < num_dst; col += tile.dst_rows) {

@@ -55,7 +55,7 @@ def check(metric, r, *, num_protected=0, protect=None, normalize=True, order="in
     """Scores against float64, the match by its similarity, and the map exactly as it follows from both."""
     options = {"num_protected": num_protected, "protect": protect, "normalize": normalize, "order": order}
     dst_idx, match_idx, score = (t.cpu() for t in tokred.bipartite_match(metric, r, **options, return_score=True))
-    batch_size, num_tokens, dim = metric.shape
+    batch_size, num_tokens, _ = metric.shape
     assert dst_idx.dtype == match_idx.dtype == torch.int64 and score.dtype == torch.float32
     expected = [t.cpu() for t in reference(metric.double(), r, **options, return_score=True)]
     if exact:
@@ -64,7 +64,8 @@ def check(metric, r, *, num_protected=0, protect=None, normalize=True, order="in
     # two roundings. Inputs are compared as they are, so half and bfloat16 have the same bound.
     atol = atol or 4e-6
     assert_close(score, expected[2].float(), rtol=1e-6, atol=atol)
-    assert torch.equal(match_idx < 0, expected[1] < 0) and torch.equal(match_idx >= 0, (match_idx % 2 == 1) & (match_idx >= num_protected))
+    assert torch.equal(match_idx < 0, expected[1] < 0)
+    assert torch.equal(match_idx >= 0, (match_idx % 2 == 1) & (match_idx >= num_protected))
     similarity, source = similarities(metric, normalize), match_idx[:, ::2] >= 0
     if source.any():
         chosen, best = (
@@ -116,10 +117,10 @@ SIZES = [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 129, 197, 257, 577]
 
 @pytest.mark.parametrize("num_tokens", SIZES)
 def test_sizes(device, num_tokens, simt, dtype):
-    if simt and (num_tokens > 600 or (num_tokens > 200 and dtype == torch.float16)):
+    if simt and num_tokens > 130 and (num_tokens > 300 or dtype == torch.float16):
         return
     for num_protected in range(4):
-        if num_protected > num_tokens:
+        if num_protected > num_tokens or (simt and num_tokens > 130 and num_protected > 1):
             break
         metric = torch.randn(2, num_tokens, 24).to(device, dtype)
         most = max_r(num_tokens, num_protected)
@@ -129,9 +130,9 @@ def test_sizes(device, num_tokens, simt, dtype):
 
 # One element, around a 16-byte load, a k step of 32 floats or 64 halves, several steps, longer than the pipeline.
 @pytest.mark.parametrize("dim", [1, 2, 7, 8, 9, 16, 31, 33, 40, 64, 65, 72, 80, 96, 128, 200, 320, 513])
-def test_dims(device, dim, dtype):
+def test_dims(device, dim, dtype, simt):
     metric = torch.randn(2, 77, dim).to(device, dtype)
-    for order in ORDERS:
+    for order in ORDERS[:1] if simt else ORDERS:
         check(metric, 20, order=order)
     check(metric, 20, normalize=False, num_protected=1, atol=1e-5 * dim**0.5 * 4)
 
@@ -142,10 +143,12 @@ def planted(batch_size, num_tokens, dim, dtype, device):
 
 
 @pytest.mark.parametrize("num_tokens", [5, 70, 300, 601])
-def test_exact_ties(device, num_tokens, dtype):
+def test_exact_ties(device, num_tokens, dtype, simt):
+    if simt and (num_tokens > 300 or (num_tokens == 300 and dtype == torch.float16)):
+        return
     metric = planted(2, num_tokens, 5, dtype, device)
     for order in ORDERS:
-        for num_protected in (0, 1, 2):
+        for num_protected in (ORDERS.index(order),) if simt else (0, 1, 2):
             check(metric, num_tokens // 4, num_protected=num_protected, normalize=False, order=order, exact=True)
     same = torch.ones(1, num_tokens, 40, device=device, dtype=dtype)
     dst_idx, match_idx, _ = check(same, num_tokens // 5, normalize=False, exact=True)
@@ -154,8 +157,10 @@ def test_exact_ties(device, num_tokens, dtype):
         assert dst_idx[0, 0] == dst_idx[0, 2] == dst_idx[0, 1]
 
 
-@pytest.mark.parametrize("num_tokens", [9, 140, 530])
-def test_protect_mask(device, num_tokens, dtype):
+@pytest.mark.parametrize("num_tokens", [9, 140, 280, 530])
+def test_protect_mask(device, num_tokens, dtype, simt):
+    if simt and (num_tokens > 300 or (num_tokens > 9 and dtype == torch.float16)):
+        return
     metric = planted(6, num_tokens, 6, dtype, device)
     protect = torch.rand(6, num_tokens).lt(0.3)
     protect[1] = True  # violates the precondition: all sources protected, no destination left
@@ -164,9 +169,17 @@ def test_protect_mask(device, num_tokens, dtype):
     protect[4, : num_tokens // 2] = True
     protect[5] = False
     for order in ORDERS:
-        for num_protected in (0, 1, 3):
+        for num_protected in (ORDERS.index(order),) if simt else (0, 1, 3):
             r = max_r(num_tokens, num_protected) // 2
-            check(metric, r, num_protected=num_protected, protect=protect.to(device), normalize=False, order=order, exact=True)
+            check(
+                metric,
+                r,
+                num_protected=num_protected,
+                protect=protect.to(device),
+                normalize=False,
+                order=order,
+                exact=True,
+            )
     unprotected = tokred.bipartite_match(metric[5:], 3, normalize=False, return_score=True)
     with_mask = tokred.bipartite_match(metric, 3, protect=protect.to(device), normalize=False, return_score=True)
     assert_close([t[5:] for t in with_mask], unprotected, rtol=0, atol=0)
@@ -184,7 +197,9 @@ def test_protected_tokens_stay_alone(device):
 
 
 @pytest.mark.parametrize("num_tokens", [6, 151, 300])
-def test_zero_nan_inf(device, num_tokens, dtype):
+def test_zero_nan_inf(device, num_tokens, dtype, simt):
+    if simt and num_tokens > 200 and dtype != torch.bfloat16:
+        return
     metric = torch.randn(4, num_tokens, 20)
     metric[0, ::3] = 0  # similarity 0 to everything
     metric[1, 2] = float("nan")  # a source and a destination without a number
@@ -195,7 +210,7 @@ def test_zero_nan_inf(device, num_tokens, dtype):
     for order in ORDERS:
         for num_protected in (0, 2):
             check(metric, num_tokens // 3, num_protected=num_protected, order=order)
-    dst_idx, match_idx, score = tokred.bipartite_match(metric, 1, num_protected=2, return_score=True)
+    _, match_idx, score = tokred.bipartite_match(metric, 1, num_protected=2, return_score=True)
     assert (match_idx[2, 2::2] == 3).all() and score[2, 2::2].isnan().all()
     protect = torch.zeros(4, num_tokens, dtype=torch.bool, device=device)
     protect[:, 1:4] = True
@@ -268,12 +283,16 @@ def test_any_call(data):
 
 
 @pytest.mark.parametrize("shape", [(5, 130, 24), (3, 600, 64)])
-def test_row_is_independent_of_its_batch(device, threads, dtype, shape):
+def test_row_is_independent_of_its_batch(device, threads, dtype, shape, simt):
+    if simt and shape[1] > 300:
+        return
     metric = torch.randn(*shape).to(device, dtype)
     protect = torch.rand(*shape[:2], device=device) < 0.2
 
     def both():
-        return [tokred.bipartite_match(metric, 20, protect=p, order="score", return_score=True) for p in (None, protect)]
+        return [
+            tokred.bipartite_match(metric, 20, protect=p, order="score", return_score=True) for p in (None, protect)
+        ]
 
     alone = [
         [
@@ -301,13 +320,13 @@ def test_empty(device):
     for shape in ((0, 7, 4), (2, 0, 4), (2, 1, 4), (2, 7, 0), (0, 0, 0)):
         check(torch.randn(*shape, device=device), 0)
         check(torch.randn(*shape, device=device), 0, protect=torch.ones(shape[:2], dtype=torch.bool, device=device))
-    dst_idx, match_idx, score = check(torch.randn(2, 7, 0, device=device), 3)  # all similarities are 0
+    _, match_idx, _ = check(torch.randn(2, 7, 0, device=device), 3)  # all similarities are 0
     assert (match_idx[:, ::2] == 1).all()
 
 
 def test_long(device, simt):
     """More sources than one block keeps, several tiles and splits."""
-    num_tokens = 2500 if simt else 9000
+    num_tokens = 1100 if simt else 9000
     metric = planted(1, num_tokens, 3, torch.float32, device)
     for order in ORDERS:
         actual = tokred.bipartite_match(metric, num_tokens // 5, normalize=False, order=order, return_score=True)
@@ -352,13 +371,17 @@ ERRORS = {
     "expected num_protected in [0, 7], got 8": lambda m: tokred.bipartite_match(m, 0, num_protected=8),
     "expected num_protected in [0, 7], got -1": lambda m: tokred.bipartite_match(m, 0, num_protected=-1),
     "expected metric of shape [batch_size, num_tokens, dim], got [7, 4]": lambda m: tokred.bipartite_match(m[0], 1),
-    "expected metric of dtype float32, float16 or bfloat16, got float64": lambda m: tokred.bipartite_match(m.double(), 1),
+    "expected metric of dtype float32, float16 or bfloat16, got float64": lambda m: tokred.bipartite_match(
+        m.double(), 1
+    ),
     "expected metric contiguous in its last dimension, got strides [28, 1, 7]": (
         lambda m: tokred.bipartite_match(m.transpose(1, 2).contiguous().transpose(1, 2), 1)
     ),
     'expected order "index", "grouped" or "score", got "size"': lambda m: tokred.bipartite_match(m, 1, order="size"),
     "expected eps >= 0, got -1": lambda m: tokred.bipartite_match(m, 1, eps=-1.0),
-    "expected protect of dtype bool, got float32": lambda m: tokred.bipartite_match(m, 1, protect=m[:, :, 0].contiguous()),
+    "expected protect of dtype bool, got float32": lambda m: tokred.bipartite_match(
+        m, 1, protect=m[:, :, 0].contiguous()
+    ),
     "expected protect of shape [batch_size, num_tokens] = [2, 7], got [2, 4]": (
         lambda m: tokred.bipartite_match(m, 1, protect=m[:, :4, 0].contiguous() > 0)
     ),

@@ -120,7 +120,9 @@ def reference(
     src, dst = value[:, ::2], value[:, 1::2]
     num_src, num_dst = src.shape[1], dst.shape[1]
     first_src, first_dst = (num_protected + 1) // 2, num_protected // 2
-    marked = torch.zeros((batch_size, num_tokens), dtype=torch.bool, device=metric.device) if protect is None else protect
+    marked = (
+        torch.zeros((batch_size, num_tokens), dtype=torch.bool, device=metric.device) if protect is None else protect
+    )
 
     match_idx = torch.full((batch_size, num_tokens), -1, dtype=torch.int64, device=metric.device)
     score = value.new_full((batch_size, num_tokens), -torch.inf)
