@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import tokred
+from tokred.testing.compare import TOLERANCE
 
 KEYS = ("CPU", "CUDA", "Meta", "AutogradCPU")
 
@@ -28,6 +29,11 @@ class Op:
     def function(self) -> Any:
         """The public function, ``tokred.NAME``."""
         return getattr(self.module, self.name)
+
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Return rtol and atol against the reference: the module's TOLERANCE, or the library's for one rounding."""
+        found: tuple[float, float] = getattr(self.module, "TOLERANCE", {}).get(dtype) or TOLERANCE[dtype]
+        return found
 
     def has_kernel(self, key: str, overload: str = "") -> bool:
         """Whether an overload has a kernel for a dispatch key, for example "CUDA"."""

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// Rows picked by an index list, on the GPU. The output of every tensor is cut into units of its widest legal copy; a block
-// moves one chunk of consecutive units, so that long rows (hidden states) and rows of a few bytes (positions, masks) are
-// both written coalesced, and one launch serves any mix of tensors.
+// Rows picked by an index list, on the GPU. The output of every tensor is cut into units of its widest legal copy; a
+// block moves one chunk of consecutive units, so that long rows (hidden states) and rows of a few bytes (positions,
+// masks) are both written coalesced, and one launch serves any mix of tensors.
 #pragma once
 
 #include "common/copy_rows.h"
@@ -11,7 +11,7 @@
 namespace tokred {
 
 constexpr int kCopyThreads = 256;
-constexpr int kCopyUnroll = 4;  // loads in flight per thread: 64 bytes, 16 KiB per block
+constexpr int kCopyUnroll = 4;                          // loads in flight per thread: 64 bytes, 16 KiB per block
 constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;  // units
 
 inline int64_t copy_units(const RowTensor& t, int64_t rows) { return rows * (t.row_bytes / copy_width(t)); }
@@ -97,9 +97,8 @@ __device__ inline void copy_chunk(const CopyPlan<kMaxTensors>& plan, const RowTe
   const int64_t units = batch_size * tensor.num_heads * slots * (tensor.row_bytes / plan.width[t]);
   const int64_t first = (chunk_idx - plan.first_chunk[t]) * kCopyChunk;
   const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
-  copy_range(tensor, plan.width[t], slots, first, last, [&](int64_t batch, int64_t head, int64_t slot) -> int64_t {
-    return source(t, batch, head, slot);
-  });
+  copy_range(tensor, plan.width[t], slots, first, last,
+             [&](int64_t batch, int64_t head, int64_t slot) -> int64_t { return source(t, batch, head, slot); });
 }
 
 }  // namespace tokred

@@ -16,7 +16,7 @@ namespace tokred {
 // One tensor of a gather, seen as [batch, heads, tokens, row]; a row is contiguous. dst is contiguous.
 struct RowTensor {
   const char* src = nullptr;
-  char* dst = nullptr;                         // [batch, heads, slots, row]
+  char* dst = nullptr;  // [batch, heads, slots, row]
   int64_t row_bytes = 0;
   int64_t num_heads = 1;
   int64_t src_batch = 0, src_head = 0, src_token = 0;  // strides in bytes
@@ -70,23 +70,31 @@ template <typename Source>
 void gather_rows(const RowTensor& t, int64_t batch_size, int64_t slots, const Source& source) {
   const int64_t rows = batch_size * t.num_heads * slots;
   if (rows == 0 || t.row_bytes == 0) return;
-  const bool stream = rows * t.row_bytes >= kStreamBytes && t.row_bytes % 16 == 0 &&
-                      reinterpret_cast<uint64_t>(t.dst) % 16 == 0;
+  const bool stream =
+      rows * t.row_bytes >= kStreamBytes && t.row_bytes % 16 == 0 && reinterpret_cast<uint64_t>(t.dst) % 16 == 0;
   const int64_t grain = 1 + (int64_t{256} << 10) / (t.row_bytes + 16);  // 256 KiB: about 10 us of copying
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     int64_t slot = begin % slots, head = begin / slots % t.num_heads, batch = begin / slots / t.num_heads;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t token = source(batch, head, slot);
-      const char* src =
-          token < 0 ? nullptr : t.src + batch * t.src_batch + head * t.src_head + token * t.src_token;
+      const char* src = token < 0 ? nullptr : t.src + batch * t.src_batch + head * t.src_head + token * t.src_token;
       char* dst = t.dst + row * t.row_bytes;
       if (t.row_bytes <= 16 && !stream) {  // position ids, masks: no call for a few bytes
         switch (t.row_bytes) {
-          case 1: *dst = src ? *src : 0; break;
-          case 2: src ? std::memcpy(dst, src, 2) : std::memset(dst, 0, 2); break;
-          case 4: src ? std::memcpy(dst, src, 4) : std::memset(dst, 0, 4); break;
-          case 8: src ? std::memcpy(dst, src, 8) : std::memset(dst, 0, 8); break;
-          default: copy_row(dst, src, t.row_bytes, false);
+          case 1:
+            *dst = src ? *src : 0;
+            break;
+          case 2:
+            src ? std::memcpy(dst, src, 2) : std::memset(dst, 0, 2);
+            break;
+          case 4:
+            src ? std::memcpy(dst, src, 4) : std::memset(dst, 0, 4);
+            break;
+          case 8:
+            src ? std::memcpy(dst, src, 8) : std::memset(dst, 0, 8);
+            break;
+          default:
+            copy_row(dst, src, t.row_bytes, false);
         }
       } else {
         copy_row(dst, src, t.row_bytes, stream);

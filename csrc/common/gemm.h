@@ -30,8 +30,8 @@ inline void parallel_for_gemm(int64_t n, const std::function<void(int64_t, int64
   });
 }
 
-// rows x depth of src (any row stride, last dim contiguous), widened to float32, times scale; rows up to padded_rows and
-// columns up to padded_depth are zeros.
+// rows x depth of src (any row stride, last dim contiguous), widened to float32, times scale; rows up to padded_rows
+// and columns up to padded_depth are zeros.
 template <typename T>
 TOKRED_CLONES void pack_rows(const T* src, int64_t stride_row, int64_t rows, int64_t depth, int64_t padded_rows,
                              int64_t padded_depth, float scale, float* dst) {

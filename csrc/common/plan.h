@@ -46,9 +46,9 @@ using PlanFunction = Plan (*)(const PlanSizes& sizes);
 __attribute__((visibility("default"))) std::map<std::string, PlanFunction>& plan_registry();
 
 // In NAME.cpp: TOKRED_PLAN(prune_topk, plan_prune_topk)
-#define TOKRED_PLAN(op, function)                                                  \
-  [[maybe_unused]] static const bool tokred_plan_##op = [] {                       \
-    return ::tokred::plan_registry().emplace(#op, function).second;                \
+#define TOKRED_PLAN(op, function)                                   \
+  [[maybe_unused]] static const bool tokred_plan_##op = [] {        \
+    return ::tokred::plan_registry().emplace(#op, function).second; \
   }();
 
 }  // namespace tokred

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// A row is read by vector loops and never sorted. Long rows are first cut down: a strided sample gives a pivot below which
-// nothing can matter (checked by counting, with the whole row as fallback), and one pass over the scores writes its
-// survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time, two bits a
-// pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
+// A row is read by vector loops and never sorted. Long rows are first cut down: a strided sample gives a pivot below
+// which nothing can matter (checked by counting, with the whole row as fallback), and one pass over the scores writes
+// its survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time, two
+// bits a pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
 #include "common/topk.h"
 
 #include <cstring>
@@ -50,9 +50,10 @@ TOKRED_CLONES void key_range(const int32_t* keys, int64_t n, int32_t* lowest, in
   *highest = high;
 }
 
-// Writes base + i for each keys[i] >= bound, ascending, and the keys themselves if kept_keys is given. Both outputs need
-// 16 elements of slack. Branch-free: about one element per cycle.
-int64_t compact_portable(const int32_t* keys, int64_t n, int32_t bound, int32_t base, int32_t* out, int32_t* kept_keys) {
+// Writes base + i for each keys[i] >= bound, ascending, and the keys themselves if kept_keys is given. Both outputs
+// need 16 elements of slack. Branch-free: about one element per cycle.
+int64_t compact_portable(const int32_t* keys, int64_t n, int32_t bound, int32_t base, int32_t* out,
+                         int32_t* kept_keys) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     out[count] = base + static_cast<int32_t>(i);
@@ -63,7 +64,8 @@ int64_t compact_portable(const int32_t* keys, int64_t n, int32_t bound, int32_t 
 }
 
 #ifdef TOKRED_HAS_AVX512_PATH
-// Sixteen at a time: compress in a register, store all, advance by the count. (A compressing store is slow on some CPUs.)
+// Sixteen at a time: compress in a register, store all, advance by the count. (A compressing store is slow on some
+// CPUs.)
 __attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const int32_t* keys, int64_t n, int32_t bound,
                                                                  int32_t base, int32_t* out, int32_t* kept_keys) {
   const __m512i limit = _mm512_set1_epi32(bound);
@@ -102,8 +104,8 @@ int64_t reaching_portable(const float* score, int64_t n, float bound, int32_t* o
 }
 
 #ifdef TOKRED_HAS_AVX512_PATH
-// No branch on the data: with one survivor in some thirty tokens none would be predicted. Four vectors a step, so that the
-// running count is a chain of one addition.
+// No branch on the data: with one survivor in some thirty tokens none would be predicted. Four vectors a step, so that
+// the running count is a chain of one addition.
 __attribute__((target("avx512f,popcnt"))) int64_t reaching_avx512(const float* score, int64_t n, float bound,
                                                                   int32_t* out) {
   const __m512 limit = _mm512_set1_ps(bound);

@@ -3,9 +3,9 @@
 // Exact, order-preserving top-k of one row by one block: the same selection as common/topk.h makes on the CPU.
 //
 // The k-th largest key is searched two bits at a time: each round counts how many keys reach three pivots. 16 rounds of
-// one barrier each, whatever the keys are: softmax scores that share their leading bits, ties and constant rows cost what
-// random ones do, and there is no histogram for atomics to fight over. The kept tokens are then written by a prefix sum in
-// index order, so that ordering costs nothing.
+// one barrier each, whatever the keys are: softmax scores that share their leading bits, ties and constant rows cost
+// what random ones do, and there is no histogram for atomics to fight over. The kept tokens are then written by a
+// prefix sum in index order, so that ordering costs nothing.
 #pragma once
 
 #include "common/block.cuh"

@@ -11,8 +11,7 @@ namespace tokred {
 
 // Scratch of one thread for rows of up to max_tokens.
 struct TopkScratch {
-  explicit TopkScratch(int64_t max_tokens)
-      : keys(max_tokens + 64), positions(max_tokens + 64) {}
+  explicit TopkScratch(int64_t max_tokens) : keys(max_tokens + 64), positions(max_tokens + 64) {}
   AlignedBuffer<int32_t> keys;       // of the tokens still in play
   AlignedBuffer<int32_t> positions;  // theirs
 };
@@ -28,8 +27,8 @@ struct TopkRow {
 };
 
 // The positions of the k best tokens of the row, ties to the lowest position, ascending, to out, which needs room for
-// min(k, num_tokens) + 16. Tokens marked in drop are never taken; those marked in keep come first, and where more than k
-// are marked the k best-ranked of them are taken. Returns how many were written, min(k, eligible tokens).
+// min(k, num_tokens) + 16. Tokens marked in drop are never taken; those marked in keep come first, and where more than
+// k are marked the k best-ranked of them are taken. Returns how many were written, min(k, eligible tokens).
 template <typename T>
 int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch);
 

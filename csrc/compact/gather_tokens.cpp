@@ -18,7 +18,8 @@ struct Checked {
 
 Checked check_tensor(const std::string& name, const Tensor& x, int64_t dim, const Tensor& kept_idx) {
   const bool per_head = kept_idx.dim() == 3;
-  TOKRED_CHECK(dim == 1 || dim == 2, "gather_tokens: expected the token dimension of ", name, " to be 1 or 2, got ", dim);
+  TOKRED_CHECK(dim == 1 || dim == 2, "gather_tokens: expected the token dimension of ", name, " to be 1 or 2, got ",
+               dim);
   TOKRED_CHECK(!per_head || dim == 2, "gather_tokens: expected ", name,
                " of shape [batch_size, num_heads, num_tokens, ...] for a list per head, got token dimension ", dim);
   TOKRED_CHECK(x.dim() > dim, "gather_tokens: expected ", name, " with more than ", dim, " dimensions, got shape ",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// Floor: each kept row read and written once, and the lists. All tensors in one launch: a layer's hidden states, positions
-// and KV together are a few MB, where every further launch would cost as much as the copy.
+// Floor: each kept row read and written once, and the lists. All tensors in one launch: a layer's hidden states,
+// positions and KV together are a few MB, where every further launch would cost as much as the copy.
 #include "common/copy_rows.cuh"
 #include "common/launch.cuh"
 #include "compact/gather_tokens.h"

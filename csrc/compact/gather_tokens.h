@@ -9,10 +9,10 @@ namespace tokred {
 constexpr int kGatherMaxTensors = 16;  // per launch; their descriptors travel as kernel arguments
 
 struct GatherTokensArgs {
-  RowTensor tensors[kGatherMaxTensors];      // src [batch_size, heads, tokens, row], dst [batch_size, heads, k, row]
-  int64_t num_tokens[kGatherMaxTensors];     // of each tensor
+  RowTensor tensors[kGatherMaxTensors];   // src [batch_size, heads, tokens, row], dst [batch_size, heads, k, row]
+  int64_t num_tokens[kGatherMaxTensors];  // of each tensor
   int num_tensors;
-  IndexPtr kept_idx;  // [batch_size, list_heads, k]; an id outside [0, num_tokens) gives a zero row
+  IndexPtr kept_idx;   // [batch_size, list_heads, k]; an id outside [0, num_tokens) gives a zero row
   int64_t list_heads;  // 1: the heads of every tensor share a list
   int64_t batch_size, k;
 };

@@ -6,9 +6,8 @@ namespace tokred {
 
 void gather_tokens_cpu(const GatherTokensArgs& args) {
   for (int t = 0; t < args.num_tensors; ++t) {
-    gather_rows(args.tensors[t], args.batch_size, args.k, [&](int64_t batch, int64_t head, int64_t slot) {
-      return gather_source(args, t, batch, head, slot);
-    });
+    gather_rows(args.tensors[t], args.batch_size, args.k,
+                [&](int64_t batch, int64_t head, int64_t slot) { return gather_source(args, t, batch, head, slot); });
   }
 }
 

@@ -48,7 +48,8 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   const bool packed = cu_seqlens.has_value();
   const int64_t lead = packed ? 1 : 2;
   TOKRED_CHECK(x.dim() == lead + 1, "prune_topk: expected x of shape ",
-               packed ? "[total_tokens, dim] (with cu_seqlens)" : "[batch_size, num_tokens, dim]", ", got ", shape_of(x));
+               packed ? "[total_tokens, dim] (with cu_seqlens)" : "[batch_size, num_tokens, dim]", ", got ",
+               shape_of(x));
   const int64_t num_tokens = x.size(lead - 1);
   if (packed) {
     check_shape("prune_topk", "score", score, {num_tokens}, "[total_tokens]");
@@ -137,9 +138,10 @@ std::tuple<Tensor, Tensor> plain(const Tensor& x, const Tensor& score, int64_t k
 }
 
 template <Run run>
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(
-    const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
-    const OptTensor& cu_seqlens, int64_t max_seqlen, const std::optional<std::vector<Tensor>>& others) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(const Tensor& x, const Tensor& score, int64_t k,
+                                                               const OptTensor& keep_mask, const OptTensor& drop_mask,
+                                                               const OptTensor& cu_seqlens, int64_t max_seqlen,
+                                                               const std::optional<std::vector<Tensor>>& others) {
   Call call = prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen,
                       others ? *others : std::vector<Tensor>{}, /*strict=*/!cu_seqlens.has_value());
   Tensor num_kept = new_empty(x, {call.args.batch_size}, ScalarType::Int);

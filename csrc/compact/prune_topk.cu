@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// Floor: scores once, kept rows twice (read, write), 8 bytes of index each. Short rows (an image's tokens) are selected by
-// one block each in about 2 us of latency; blocks that share a row repeat that instead of waiting for each other, and each
-// copies its part of the kept rows: one launch. Longer rows are selected first and copied by a second launch; rows beyond
-// 32,768 tokens are cut into chunks whose own top-k (a superset of the row's) are selected in parallel.
+// Floor: scores once, kept rows twice (read, write), 8 bytes of index each. Short rows (an image's tokens) are selected
+// by one block each in about 2 us of latency; blocks that share a row repeat that instead of waiting for each other,
+// and each copies its part of the kept rows: one launch. Longer rows are selected first and copied by a second launch;
+// rows beyond 32,768 tokens are cut into chunks whose own top-k (a superset of the row's) are selected in parallel.
 #include "common/copy_rows.cuh"
 #include "common/launch.cuh"
 #include "common/topk.cuh"
@@ -27,13 +27,14 @@ __device__ inline uint32_t token_key(const T* score, int64_t first, const PruneT
   return score_key(static_cast<float>(score[first + token]));
 }
 
-// What a block needs to know of its row's masks before it can rank: how many tokens may be kept, and whether more than k
-// are forced (then only they compete).
+// What a block needs to know of its row's masks before it can rank: how many tokens may be kept, and whether more than
+// k are forced (then only they compete).
 struct Eligible {
   int count;
   bool crowded;
 };
-__device__ inline Eligible block_eligible(const PruneTopkArgs& args, int64_t mask_offset, int len, BlockScratch& scratch) {
+__device__ inline Eligible block_eligible(const PruneTopkArgs& args, int64_t mask_offset, int len,
+                                          BlockScratch& scratch) {
   if (!args.keep_mask && !args.drop_mask) return {len, false};
   int forced = 0, eligible = 0;
   for (int i = static_cast<int>(threadIdx.x); i < len; i += static_cast<int>(blockDim.x)) {
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_fused_kernel(
   const int split = static_cast<int>(blockIdx.x % splits);
   const int k = static_cast<int>(args.k);
   const int count = select_row<T, kItems>(args, batch_idx, shared, [&](int slot, int token) { kept[slot] = token; });
-  for (int slot = count + static_cast<int>(threadIdx.x); slot < k; slot += static_cast<int>(blockDim.x)) kept[slot] = -1;
+  for (int slot = count + static_cast<int>(threadIdx.x); slot < k; slot += static_cast<int>(blockDim.x))
+    kept[slot] = -1;
   __syncthreads();  // the list is whole
   if (split == 0) {
     for (int slot = static_cast<int>(threadIdx.x); slot < k; slot += static_cast<int>(blockDim.x)) {
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_fused_kernel(
 
 // Long dense rows without forced tokens. grid: batch_size * num_chunks; writes the top chunk_slots of each chunk.
 template <typename T, int kItems>
-__global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_chunk_kernel(const PruneTopkArgs args, int num_chunks, int chunk_slots) {
+__global__ void __launch_bounds__(kPruneTopkMaxThreads)
+    prune_topk_chunk_kernel(const PruneTopkArgs args, int num_chunks, int chunk_slots) {
   TOKRED_SHARED(SelectStorage, shared);
   const int64_t batch_idx = blockIdx.x / num_chunks;
   const int chunk = static_cast<int>(blockIdx.x % num_chunks);
@@ -181,8 +184,8 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_merge_kernel(
   finish_row(args, batch_idx, count);
 }
 
-__global__ void __launch_bounds__(kCopyThreads) prune_topk_copy_kernel(
-    const PruneTopkArgs args, const CopyPlan<kPruneTopkMaxTensors> plan) {
+__global__ void __launch_bounds__(kCopyThreads)
+    prune_topk_copy_kernel(const PruneTopkArgs args, const CopyPlan<kPruneTopkMaxTensors> plan) {
   copy_chunk(plan, args.tensors, args.batch_size, args.k, blockIdx.x,
              [&](int, int64_t batch, int64_t, int64_t slot) -> int64_t {
                const int64_t token = args.kept_idx[batch * args.k + slot];
@@ -216,8 +219,8 @@ int select(const PruneTopkArgs& args, const PruneTopkPolicy& policy, CUstream_st
     return known ? error : static_cast<int>(cudaErrorInvalidValue);
   }
   const bool known = dispatch_int<0, 8, 16, 32>(policy.items, [&](auto items) {
-    error = launch(prune_topk_select_kernel<T, decltype(items)::value>, dim3(batch), block, sizeof(SelectStorage), stream,
-                   args);
+    error = launch(prune_topk_select_kernel<T, decltype(items)::value>, dim3(batch), block, sizeof(SelectStorage),
+                   stream, args);
   });
   return known ? error : static_cast<int>(cudaErrorInvalidValue);
 }
@@ -229,12 +232,11 @@ int prune_topk_cuda(const PruneTopkArgs& args, CUstream_st* stream) {
   PruneTopkPolicy policy =
       choose_policy(args.max_seqlen, args.k, args.keep_mask != nullptr, args.cu_seqlens != nullptr);
   // A packed call may ask for more slots than its rows have tokens; a list that long is not kept in shared memory.
-  if (args.k > kPruneTopkFusedTokens) policy = {kPruneTopkMaxThreads, policy.fused ? 8 : policy.items, policy.num_chunks,
-                                                policy.chunk_slots, false};
+  if (args.k > kPruneTopkFusedTokens)
+    policy = {kPruneTopkMaxThreads, policy.fused ? 8 : policy.items, policy.num_chunks, policy.chunk_slots, false};
   int error = cudaErrorInvalidValue;
-  dispatch_float(args.score_dtype, [&](auto tag) {
-    error = select<typename decltype(tag)::type>(args, policy, stream);
-  });
+  dispatch_float(args.score_dtype,
+                 [&](auto tag) { error = select<typename decltype(tag)::type>(args, policy, stream); });
   if (error != cudaSuccess || policy.fused || args.k == 0) return error;
   const auto plan = plan_copy<kPruneTopkMaxTensors>(args.tensors, args.num_tensors, args.batch_size, args.k);
   return launch(prune_topk_copy_kernel, dim3(static_cast<unsigned>(plan.first_chunk[plan.num_tensors])),

@@ -55,17 +55,28 @@ std::string strides_of(const Tensor& x) {
 
 std::string dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return concat("scalar type ", static_cast<int>(x.scalar_type()));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return concat("scalar type ", static_cast<int>(x.scalar_type()));
   }
 }
 
@@ -76,12 +87,17 @@ std::string device_of(const Tensor& x) {
 
 DType check_float(const char* op, const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::Half: return DType::kF16;
-    case ScalarType::BFloat16: return DType::kBF16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    default:
+      break;
   }
-  throw std::runtime_error(concat(op, ": expected ", name, " of dtype float32, float16 or bfloat16, got ", dtype_of(x)));
+  throw std::runtime_error(
+      concat(op, ": expected ", name, " of dtype float32, float16 or bfloat16, got ", dtype_of(x)));
 }
 
 void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType dtype) {

@@ -21,8 +21,8 @@
 #include "common/dispatch.h"
 #include "common/plan.h"
 
-// Tensor arguments of an op with gradients must be positional in its schema: torch's register_autograd and register_vmap
-// refuse keyword-only tensors. Counts are SymInt in the schema and int64_t here.
+// Tensor arguments of an op with gradients must be positional in its schema: torch's register_autograd and
+// register_vmap refuse keyword-only tensors. Counts are SymInt in the schema and int64_t here.
 #define TOKRED_SCHEMA(m) STABLE_TORCH_LIBRARY_FRAGMENT(tokred, m)
 #ifdef TOKRED_SIMT
 #define TOKRED_IMPL_CPU(m) [[maybe_unused]] static void tokred_unused_cpu(torch::stable::detail::StableLibrary& m)
@@ -37,9 +37,9 @@
 #endif
 
 // The message is all that the caller sees: "op: expected argument ..., got ...".
-#define TOKRED_CHECK(condition, ...)                                                     \
-  do {                                                                                   \
-    if (!(condition)) throw std::runtime_error(::tokred::concat(__VA_ARGS__));           \
+#define TOKRED_CHECK(condition, ...)                                           \
+  do {                                                                         \
+    if (!(condition)) throw std::runtime_error(::tokred::concat(__VA_ARGS__)); \
   } while (false)
 
 namespace tokred {
@@ -65,8 +65,8 @@ DType check_float(const char* op, const char* name, const Tensor& x);  // float3
 void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType dtype);
 IndexPtr check_index(const char* op, const char* name, const Tensor& x);  // int32 or int64, contiguous
 void check_shape(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& shape,
-                 const char* meaning);  // meaning: "[batch_size, num_tokens]"
-void check_last_dim(const char* op, const char* name, const Tensor& x);    // stride 1 (or at most one element)
+                 const char* meaning);                                   // meaning: "[batch_size, num_tokens]"
+void check_last_dim(const char* op, const char* name, const Tensor& x);  // stride 1 (or at most one element)
 void check_contiguous(const char* op, const char* name, const Tensor& x);
 void check_same_device(const char* op, const char* first, const Tensor& x, const char* name, const Tensor& other);
 void check_int32_range(const char* op, const char* name, int64_t value);  // a count that kernels hold in an int32

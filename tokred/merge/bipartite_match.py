@@ -20,7 +20,7 @@ def bipartite_match(
     eps: float = 1e-12,
     order: str = "index",
     return_score: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     """Match every other token with its most similar neighbour and merge the ``r`` most similar pairs away.
 
     Bipartite soft matching of "Token Merging: Your ViT But Faster", section 3: tokens at even positions are sources, those

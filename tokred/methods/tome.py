@@ -61,7 +61,7 @@ def tome(
     r = max(0, min(r, (num_tokens - num_protected) // 2))
     metric = k.float().mean(dim=1)
     order = "index" if compat is None else "grouped" if num_protected else "score"
-    dst_idx = tokred.bipartite_match(metric, r, num_protected=num_protected, order=order)
+    dst_idx: Tensor = tokred.bipartite_match(metric, r, num_protected=num_protected, order=order)
     if compat == "released" and num_protected == 2:
         # The distillation token, first of the destinations, goes to row 1; unmerged tokens after the class token move up.
         unmerged = (num_tokens + 1) // 2 - r
