@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright (c) 2026 The tokred authors
+"""Examples in docstrings and the README run as pasted; what the pages say holds."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokred
+from tokred import _registry
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in _registry.ops()])
+def test_docstring_example(op):
+    test = doctest.DocTestParser().get_doctest(
+        op.function.__doc__, {"torch": torch, "tokred": tokred}, op.name, None, 0
+    )
+    assert test.examples
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+    assert results.failed == 0
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_contracts_table():
+    score = torch.tensor([[0.5, float("nan"), 0.9, 0.5, -0.0, 0.9]])
+    x = torch.zeros(1, 6, 1)
+
+    def kept(k, keep=None, drop=None):
+        masks = {}
+        for name, at in (("keep_mask", keep), ("drop_mask", drop)):
+            if at is not None:
+                masks[name] = torch.zeros(1, 6, dtype=torch.bool).index_fill(1, torch.tensor([at]), True)
+        return tokred.prune_topk(x, score, k, **masks)[1][0].tolist()
+
+    page = (ROOT / "docs" / "contracts.md").read_text()
+    cases = ((1, {}), (3, {}), (5, {}), (3, {"keep": 1}), (3, {"drop": 2}), (6, {"drop": 2}))
+    for (k, masks), row in zip(cases, re.findall(r"^\| `k=(\d)`(.*?)\| `(\[.*?\])`", page, re.M)):
+        assert int(row[0]) == k and all(str(at) in row[1] for at in masks.values())
+        assert str(kept(k, **masks)) == row[2]
+
+
+def test_relative_links_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/simt/*.md")]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
