@@ -112,7 +112,7 @@ def digits(
             for col_idx, (image, squares_of) in enumerate(row):
                 box = (left + cell * col_idx + 0.03, y + 0.03, cell - 0.06, cell - 0.06)
                 axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-                show(axes, image, squares_of)
+                show(axes, image, squares_of, width=0.6 if row_idx <= len(kept) else 0.4)
         figure.text(0.5, 0.20 / height, caption, ha="center", va="center", color=QUIET, fontsize=8.5, linespacing=1.4)
         save(figure, path, num_colors=64)
 

@@ -46,6 +46,7 @@ PHOTO_SIZE, PHOTO_GRID, PHOTO_DIM = 336, 24, 1024  # ViT-L/14 at 336 pixels: 576
 PHOTO_KEEPS = (192, 64)
 PHOTO_LAYERS, PHOTO_R = 24, 18  # ViT-L has 24 blocks; 576 - 24 * 18 = 144 tokens remain
 PICTURED = (0, 2, 3, 4, 5, 6, 8, 9)  # the first held-out scan of each
+NOISY = 0.25  # spread of a row's speeds above which the table says so
 SCHEMA = 1  # of digits.json
 
 
@@ -119,7 +120,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.tty = sys.stderr.isatty()
-        self.start = self.shown = time.perf_counter()
+        self.start = time.perf_counter()
+        self.shown = -math.inf
 
     def __call__(self, text: str) -> None:
         """Show ``text``."""
@@ -254,7 +256,7 @@ def run_table(
     rows = []
     whole = statistics.median(rates["all tokens", ""])
     for key, reducer in configurations().items():  # new ones: a reducer's last index lists would count as memory freed
-        progress(f"digits, memory of {' '.join(key)}")
+        progress(f"digits, memory of {' '.join(key).strip()}")
         median = statistics.median(rates[key])
         low, _, high = statistics.quantiles(rates[key]) if len(rates[key]) > 1 else (median,) * 3
         peak, late = peak_bytes(model, batches[0][0], reducer, device)
@@ -315,17 +317,23 @@ def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n".join([text[0], rule, *text[1:], "", *notes]) + "\n"
 
 
-def table_notes(device: str, dtype: str, facts: dict[str, Any]) -> list[str]:
+def table_notes(rows: Sequence[Row], device: str, dtype: str, facts: dict[str, Any]) -> list[str]:
     """Return what the table's numbers mean."""
     where = facts["gpu"] if device == "cuda" else f"{facts['cpu']}, {facts['cores']} thread(s)"
     counted = "the CUDA allocator's peak" if device == "cuda" else "the peak of what torch allocated"
-    return [
-        f"{where}; torch {facts['torch']}, {dtype}, batches of {BATCH_SIZE}, median over batches, the rows taking turns.",
-        "Tokens per block: mean over the attention and the MLP of all blocks, CLS included. "
+    notes = [
+        f"- Speed: {where}; torch {facts['torch']}, {dtype}, batches of {BATCH_SIZE}, median over batches, the rows "
+        "taking turns.",
+        "- Tokens per block: mean over the attention and the MLP of all blocks, CLS included. "
         f"Pruning happens in block {PRUNE_LAYER + 1} of 6, merging in every block.",
-        f"Memory: {counted} for the activations of one batch, in a whole pass and in its second half. "
-        "All rows run the first block on all tokens.",
+        f"- Peak MiB: {counted} for the activations of one batch, in a whole pass and in blocks 4 to 6. "
+        "All rows run the first block's attention on all tokens.",
+        "- The model was trained to stand missing patches: for most epochs it saw 48 random ones of each image.",
     ]
+    spread = max(row.spread for row in rows)
+    if spread > NOISY:
+        notes.append(f"- The machine was busy: half of a row's batches differ by up to {100 * spread:.0f}% in speed.")
+    return notes
 
 
 def draw_digits(path: Path, model: DigitsViT, images: Tensor, labels: Tensor) -> None:
@@ -387,8 +395,8 @@ def draw_photo(path: Path, device: str, dtype: torch.dtype) -> None:
     panels.append((f"merged to {merged.shape[1]}", back.numpy(), group))
     caption = (
         f"{PHOTO_SIZE} x {PHOTO_SIZE} pixels cut as for ViT-L/14. No pretrained weights: patches are scored by their "
-        "local contrast and compared by\npixels and position. "
-        f"Merged: r = {PHOTO_R} in each of {PHOTO_LAYERS} rounds, expanded again by tokred.segment_expand. Photo: SpaceX, CC0."
+        "local contrast and\ncompared by pixels and position. "
+        f"Merged: r = {PHOTO_R} in each of {PHOTO_LAYERS} rounds, then tokred.segment_expand. Photo: SpaceX, public domain."
     )
     _figures.photo(path, panels, caption)
 
@@ -416,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     progress = Progress()
 
+    progress("the model and the digits")
     dtype = getattr(torch, options.dtype)
     model = digits_vit.load().to(options.device, dtype)
     data = digits_vit.load_digits()
@@ -428,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows = run_table(model, images, labels, options.device, 0.0 if options.smoke else 20.0, progress)
     facts = bench.facts(options.device)
-    text = markdown(rows, table_notes(options.device, options.dtype, facts))
+    text = markdown(rows, table_notes(rows, options.device, options.dtype, facts))
     (options.out / "digits.md").write_text(text)
     content = {
         "schema": SCHEMA,
