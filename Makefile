@@ -25,7 +25,7 @@ $(VENV)/.env: pyproject.toml
 	then echo "environment in $(VENV), with the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else echo "environment in $(VENV), with a torch of its own"; $(PYTHON) -m venv $(VENV); fi
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13,<4" \
-	  "pytest>=8" "pytest-xdist>=3" "hypothesis>=6" "numpy>=1.26" packaging
+	  "pytest>=8" "pytest-xdist>=3" "hypothesis>=6" "numpy>=1.26" "scikit-learn>=1.5" "scikit-image>=0.24" "matplotlib>=3.9"
 	@touch $@
 
 # The package, installed in place. MAX_JOBS is capped by memory in setup.py.
@@ -55,7 +55,6 @@ test-race: build build/race/libtokred_simt.so
 	  $(BIN)/python -m pytest tests/test_contract.py -k "matches_reference" -n $(JOBS)
 
 demo: build
-	$(BIN)/python -m pip install --quiet "numpy>=1.26" "scikit-learn>=1.5" "scikit-image>=0.24" "matplotlib>=3.9"
 	$(BIN)/python examples/demo.py --out out
 
 $(VENV)/.dev: $(VENV)/.env
@@ -71,7 +70,7 @@ format: $(VENV)/.dev
 check: format lint
 	TOKRED_WERROR=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $(VENV)/.build
-	$(BIN)/python -m pytest tests --ignore=tests/simt -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest tests --ignore=tests/simt -n $(JOBS)
 
 # What the CUDA build shows without a GPU: warnings are errors, registers and spills are reported.
 cuda: $(VENV)/.env

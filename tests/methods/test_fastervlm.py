@@ -52,6 +52,12 @@ def test_needs_scores():
         fastervlm(torch.zeros(1, 4, 2), keep=2)
 
 
+def test_takes_one_query():
+    """The queries of all tokens would silently give the sum over all of them."""
+    with pytest.raises(ValueError, match=r"expected q of shape \[batch_size, num_q_heads, 1, head_dim\], got \[1, 2, 5, 8\]"):
+        cls_attention(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8))
+
+
 def test_cls_takes_part_in_the_softmax(device):
     q, k = torch.ones(1, 1, 1, 8, device=device), torch.zeros(1, 1, 5, 8, device=device)
     assert_close(cls_attention(q, k), torch.full((1, 4), 0.2, device=device))

@@ -52,6 +52,7 @@ def prune_topk(
 
     Ties go to the lowest index; NaN ranks below every number, above excluded tokens; -0.0 equals 0.0. Deterministic, the
     same indices on every device; a row's result does not depend on its batch. Shapes depend on shapes and ``k`` alone.
+    On CUDA, rows beyond 32,768 tokens take a workspace of 8 bytes per candidate, 256 KiB a row at most.
     Differentiable in ``x`` and ``others``; not in ``score``.
 
     Example:

@@ -30,6 +30,8 @@ def cls_attention(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor
     Returns:
         ``[batch_size, num_tokens]`` float32; [CLS] takes part in the softmax and is left out of the result.
     """
+    if q.dim() != 4 or q.shape[2] != 1:
+        raise ValueError(f"fastervlm: expected q of shape [batch_size, num_q_heads, 1, head_dim], got {list(q.shape)}")
     received, _ = tokred.attn_received(q, k, scale=scale)
     return received.mean(dim=1)[:, 1:]
 

@@ -42,7 +42,8 @@ def tome(
 
     Args:
         x: Tokens, ``[batch_size, num_tokens, dim]``.
-        k: The block's keys, ``[batch_size, num_heads, num_tokens, head_dim]``; their mean over heads is the metric.
+        k: The block's keys, ``[batch_size, num_heads, num_tokens, head_dim]``; their mean over heads is the metric. Or a
+            metric of your own, ``[batch_size, num_tokens, dim]``.
         r: How many tokens to merge; as in the paper at most half of the unprotected ones are (``(num_tokens -
             num_protected) // 2``).
         size: How many originals each token stands for, ``[batch_size, num_tokens]`` float32; None: one each.
@@ -53,13 +54,13 @@ def tome(
         ``Reduced`` with ``x`` (the size-weighted means), ``dst_idx`` and ``size``. Keep ``size`` for the next block: its
         attention adds ``size.log()`` to the logits of each key ("proportional attention", paper section 3).
 
-    ``tokred.segment_expand(y, dst_idx)`` unmerges. Differentiable in ``x``. Source: paper sections 3.1 to 3.3.
+    ``tokred.segment_expand(y, dst_idx)`` unmerges; maps of several layers compose as ``second.gather(1, first)``. Differentiable in ``x``. Source: paper sections 3.1 to 3.3.
     """
     if compat not in (None, "released"):
         raise ValueError(f"tome: expected compat to be None or 'released', got {compat!r}")
     num_tokens = x.shape[1]
     r = max(0, min(r, (num_tokens - num_protected) // 2))
-    metric = k.float().mean(dim=1)
+    metric = k if k.dim() == 3 else k.mean(dim=1, dtype=torch.float32)
     order = "index" if compat is None else "grouped" if num_protected else "score"
     dst_idx: Tensor = tokred.bipartite_match(metric, r, num_protected=num_protected, order=order)
     if compat == "released" and num_protected == 2:
