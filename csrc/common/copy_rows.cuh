@@ -12,6 +12,7 @@ namespace tokred {
 
 constexpr int kCopyThreads = 256;
 constexpr int kCopyUnroll = 4;                          // loads in flight per thread: 64 bytes, 16 KiB per block
+constexpr int kCopyBlocksPerSm = 4;                     // 64 registers; 64 KiB in flight per SM
 constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;  // units
 
 inline int64_t copy_units(const RowTensor& t, int64_t rows) { return rows * (t.row_bytes / copy_width(t)); }
@@ -19,33 +20,77 @@ inline int64_t copy_chunks(const RowTensor& t, int64_t rows) {
   return ceil_div<int64_t>(copy_units(t, rows), kCopyChunk);
 }
 
+// Where a unit of an output lies, as digits of its number, the column fastest. Divisions cost as much as the rest of
+// the copy, so a thread divides once and from then on adds its stride digit by digit.
+struct UnitPlace {
+  int64_t column;
+  int slot, head, batch;
+};
+struct UnitSizes {  // none is 0; copy_fits
+  int64_t columns;
+  int slots, heads;
+
+  template <typename U>  // unsigned, holds unit
+  __device__ UnitPlace place(U unit) const {
+    const bool inside = static_cast<uint64_t>(columns) > unit;
+    const U row = inside ? 0 : unit / static_cast<U>(columns);
+    const U list = row / static_cast<U>(slots), batch = list / static_cast<U>(heads);
+    return {static_cast<int64_t>(inside ? unit : unit - row * static_cast<U>(columns)),
+            static_cast<int>(row - list * static_cast<U>(slots)),
+            static_cast<int>(list - batch * static_cast<U>(heads)), static_cast<int>(batch)};
+  }
+  __device__ void advance(UnitPlace& at, const UnitPlace& stride) const {
+    at.column += stride.column;
+    const bool next_slot = at.column >= columns;
+    at.column -= next_slot ? columns : 0;
+    const unsigned slot = static_cast<unsigned>(at.slot) + static_cast<unsigned>(stride.slot) + next_slot;
+    const bool next_head = slot >= static_cast<unsigned>(slots);
+    at.slot = static_cast<int>(slot - (next_head ? static_cast<unsigned>(slots) : 0u));
+    const unsigned head = static_cast<unsigned>(at.head) + static_cast<unsigned>(stride.head) + next_head;
+    const bool next_batch = head >= static_cast<unsigned>(heads);
+    at.head = static_cast<int>(head - (next_batch ? static_cast<unsigned>(heads) : 0u));
+    at.batch += stride.batch + next_batch;
+  }
+};
+
+// Whether the digits of t's units fit UnitPlace.
+inline bool copy_fits(const RowTensor& t, int64_t batch_size, int64_t slots) {
+  return batch_size <= INT32_MAX && t.num_heads <= INT32_MAX && slots <= INT32_MAX;
+}
+
 // Moves units [first, last) of t; source(batch, head, slot) is as in gather_rows. Every thread of the block calls it.
 template <int kBytes, typename Source>
 __device__ inline void copy_unit_range(const RowTensor& t, int64_t slots, int64_t first, int64_t last,
                                        const Source& source) {
   using Word = typename detail::Word<kBytes>::type;
-  const int64_t per_row = t.row_bytes / kBytes;
   const int step = num_threads_in_block();
-  for (int64_t base = first + thread_rank(); base < last; base += int64_t{step} * kCopyUnroll) {
+  int64_t unit = first + thread_rank();
+  if (unit >= last) return;  // from here on t has units, and no size is 0
+  const UnitSizes sizes{t.row_bytes / kBytes, static_cast<int>(slots), static_cast<int>(t.num_heads)};
+  const UnitPlace stride = sizes.place(static_cast<uint32_t>(step));
+  UnitPlace at = sizes.place(static_cast<uint64_t>(unit));
+  for (; unit < last; unit += int64_t{step} * kCopyUnroll) {
+    int64_t token[kCopyUnroll];
+    const char* from[kCopyUnroll];
+#pragma unroll
+    for (int i = 0; i < kCopyUnroll; ++i) {  // all ids, then all rows: each kind is in flight together
+      const bool inside = unit + int64_t{i} * step < last;
+      // Past the end, the id of the first slot is read, which is there: no branch comes between the loads.
+      token[i] = source(inside ? at.batch : 0, inside ? at.head : 0, inside ? at.slot : 0);
+      token[i] = inside ? token[i] : -1;
+      from[i] = t.src + at.batch * t.src_batch + at.head * t.src_head + at.column * kBytes;
+      sizes.advance(at, stride);
+    }
     Word word[kCopyUnroll];
 #pragma unroll
-    for (int i = 0; i < kCopyUnroll; ++i) {  // all loads first: they are in flight together
-      const int64_t unit = base + int64_t{i} * step;
+    for (int i = 0; i < kCopyUnroll; ++i) {
       word[i] = Word{};
-      if (unit >= last) continue;
-      const int64_t row = unit / per_row, column = unit - row * per_row;
-      const int64_t list = row / slots, slot = row - list * slots;
-      const int64_t batch = list / t.num_heads, head = list - batch * t.num_heads;
-      const int64_t token = source(batch, head, slot);
-      if (token >= 0) {
-        const char* from = t.src + batch * t.src_batch + head * t.src_head + token * t.src_token;
-        word[i] = __ldg(reinterpret_cast<const Word*>(from) + column);
-      }
+      if (token[i] >= 0) word[i] = __ldg(reinterpret_cast<const Word*>(from[i] + token[i] * t.src_token));
     }
 #pragma unroll
     for (int i = 0; i < kCopyUnroll; ++i) {
-      const int64_t unit = base + int64_t{i} * step;
-      if (unit < last) reinterpret_cast<Word*>(t.dst)[unit] = word[i];
+      const int64_t to = unit + int64_t{i} * step;
+      if (to < last) reinterpret_cast<Word*>(t.dst)[to] = word[i];
     }
   }
 }
@@ -73,16 +118,19 @@ struct CopyPlan {
   int64_t first_chunk[kMaxTensors + 1];  // of each tensor; the last entry is the grid
   int width[kMaxTensors];
   int num_tensors;
+  bool fits;  // else there is no launch for these sizes
 };
 
 template <int kMaxTensors>
 CopyPlan<kMaxTensors> plan_copy(const RowTensor* tensors, int num_tensors, int64_t batch_size, int64_t slots) {
   CopyPlan<kMaxTensors> plan{};
   plan.num_tensors = num_tensors;
+  plan.fits = true;
   for (int t = 0; t < num_tensors; ++t) {
     const int64_t rows = batch_size * tensors[t].num_heads * slots;
     plan.width[t] = copy_width(tensors[t]);
     plan.first_chunk[t + 1] = plan.first_chunk[t] + copy_chunks(tensors[t], rows);
+    plan.fits = plan.fits && copy_fits(tensors[t], batch_size, slots) && plan.first_chunk[t + 1] <= INT32_MAX;
   }
   return plan;
 }

@@ -62,11 +62,19 @@ int launch(Kernel kernel, simt::GridAt grid, dim3 block, size_t shared_bytes, CU
 template <typename Kernel, typename... Args>
 int launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, CUstream_st* stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  // Above 48 KiB a kernel must ask. The call costs well under a microsecond, is legal during graph capture, and fails
-  // on a device that has less; a cached "already asked" would be state between calls.
+  // Above 48 KiB a kernel must ask. The calls cost well under a microsecond and are legal during graph capture; a
+  // cached "already asked" would be state between calls. The attribute belongs to the kernel, not to this launch:
+  // asking for the device's limit, always the same, keeps another thread's smaller launch from taking it back in
+  // between.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    int device = 0, limit = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+      error = shared_bytes > static_cast<size_t>(limit)
+                  ? cudaErrorInvalidValue
+                  : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    }
     if (error != cudaSuccess) {
       (void)cudaGetLastError();  // or the next launch would report it as its own
       return error;

@@ -9,7 +9,7 @@
 namespace tokred {
 namespace {
 
-__global__ void __launch_bounds__(kCopyThreads)
+__global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)
     gather_tokens_kernel(const GatherTokensArgs args, const CopyPlan<kGatherMaxTensors> plan) {
   copy_chunk(plan, args.tensors, args.batch_size, args.k, blockIdx.x,
              [&](int tensor, int64_t batch, int64_t head, int64_t slot) {
@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kCopyThreads)
 
 int gather_tokens_cuda(const GatherTokensArgs& args, CUstream_st* stream) {
   const auto plan = plan_copy<kGatherMaxTensors>(args.tensors, args.num_tensors, args.batch_size, args.k);
+  if (!plan.fits) return cudaErrorInvalidValue;
   return launch(gather_tokens_kernel, dim3(static_cast<unsigned>(plan.first_chunk[plan.num_tensors])),
                 dim3(kCopyThreads), 0, stream, args, plan);
 }

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_merge_kernel(
   finish_row(args, batch_idx, count);
 }
 
-__global__ void __launch_bounds__(kCopyThreads)
+__global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)
     prune_topk_copy_kernel(const PruneTopkArgs args, const CopyPlan<kPruneTopkMaxTensors> plan) {
   copy_chunk(plan, args.tensors, args.batch_size, args.k, blockIdx.x,
              [&](int, int64_t batch, int64_t, int64_t slot) -> int64_t {
@@ -239,6 +239,7 @@ int prune_topk_cuda(const PruneTopkArgs& args, CUstream_st* stream) {
                  [&](auto tag) { error = select<typename decltype(tag)::type>(args, policy, stream); });
   if (error != cudaSuccess || policy.fused || args.k == 0) return error;
   const auto plan = plan_copy<kPruneTopkMaxTensors>(args.tensors, args.num_tensors, args.batch_size, args.k);
+  if (!plan.fits) return cudaErrorInvalidValue;
   return launch(prune_topk_copy_kernel, dim3(static_cast<unsigned>(plan.first_chunk[plan.num_tensors])),
                 dim3(kCopyThreads), 0, stream, args, plan);
 }

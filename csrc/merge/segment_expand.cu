@@ -8,7 +8,7 @@
 namespace tokred {
 namespace {
 
-__global__ void __launch_bounds__(kCopyThreads)
+__global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)
     segment_expand_kernel(const SegmentExpandArgs args, int width, int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * kCopyChunk;
   const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCopyThreads)
 
 int segment_expand_cuda(const SegmentExpandArgs& args, CUstream_st* stream) {
   const int64_t rows = args.batch_size * args.num_tokens, chunks = copy_chunks(args.rows, rows);
-  if (chunks > INT32_MAX) return cudaErrorInvalidValue;
+  if (chunks > INT32_MAX || !copy_fits(args.rows, args.batch_size, args.num_tokens)) return cudaErrorInvalidValue;
   return launch(segment_expand_kernel, dim3(static_cast<unsigned>(chunks)), dim3(kCopyThreads), 0, stream, args,
                 copy_width(args.rows), copy_units(args.rows, rows));
 }
