@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn")
-pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import demo
 import digits_vit
