@@ -54,7 +54,9 @@ def test_needs_scores():
 
 def test_takes_one_query():
     """The queries of all tokens would silently give the sum over all of them."""
-    with pytest.raises(ValueError, match=r"expected q of shape \[batch_size, num_q_heads, 1, head_dim\], got \[1, 2, 5, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"expected q of shape \[batch_size, num_q_heads, 1, head_dim\], got \[1, 2, 5, 8\]"
+    ):
         cls_attention(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8))
 
 

@@ -54,7 +54,8 @@ def tome(
         ``Reduced`` with ``x`` (the size-weighted means), ``dst_idx`` and ``size``. Keep ``size`` for the next block: its
         attention adds ``size.log()`` to the logits of each key ("proportional attention", paper section 3).
 
-    ``tokred.segment_expand(y, dst_idx)`` unmerges; maps of several layers compose as ``second.gather(1, first)``. Differentiable in ``x``. Source: paper sections 3.1 to 3.3.
+    ``tokred.segment_expand(y, dst_idx)`` unmerges; maps of several layers compose as ``second.gather(1, first)``.
+    Differentiable in ``x``. Source: paper sections 3.1 to 3.3.
     """
     if compat not in (None, "released"):
         raise ValueError(f"tome: expected compat to be None or 'released', got {compat!r}")
