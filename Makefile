@@ -74,9 +74,10 @@ check: format lint
 
 # What the CUDA build shows without a GPU: warnings are errors, registers and spills are reported.
 cuda: $(VENV)/.env
-	TOKRED_CUDA=1 TOKRED_WERROR=1 TOKRED_BUILD_DIR=$(abspath build/cuda) \
-	  $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
-	$(BIN)/python benchmarks/ptxas.py build/cuda/build.log
+	rm -f dist/*.whl
+	TOKRED_CUDA=1 TOKRED_WERROR=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/python benchmarks/ptxas.py build/py*/build.log
+	@ls -l dist/*.whl
 wheel: $(VENV)/.env
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 

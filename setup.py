@@ -75,6 +75,22 @@ def max_jobs():
     return max(1, jobs)
 
 
+def manylinux(libraries, platform):
+    """Return the oldest manylinux tag whose glibc and libstdc++ have every symbol version that the libraries name.
+
+    Nothing but torch's libtorch_cpu and the system's libraries is linked, so the symbol versions decide.
+    """
+    content = b"".join(Path(library).read_bytes() for library in libraries)
+    newest = [
+        max((int(found) for found in re.findall(pattern, content)), default=0)
+        for pattern in (rb"GLIBC_2\.(\d+)", rb"GLIBCXX_3\.4\.(\d+)")
+    ]
+    for glibc, glibcxx in ((28, 24), (34, 29), (39, 33)):
+        if newest[0] <= glibc and newest[1] <= glibcxx:
+            return platform.replace("linux_", f"manylinux_2_{glibc}_")
+    return platform
+
+
 class CMakeBuild(build_ext):
     def run(self):
         import torch
@@ -125,7 +141,7 @@ class CMakeBuild(build_ext):
         defines = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *defines], check=True)
         log = build / "build.log"
-        with open(log, "w") as file:
+        with open(log, "a") as file:  # a later build that compiles nothing keeps what ptxas said
             done = subprocess.run(
                 ["cmake", "--build", str(build), "-j", str(jobs), "--verbose"], stdout=file, stderr=subprocess.STDOUT
             )
@@ -163,7 +179,10 @@ class Wheel(bdist_wheel):
 
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "py3", "none", os.environ.get("TOKRED_WHEEL_PLATFORM") or platform
+        libraries = list(Path(self.bdist_dir).glob("tokred/*.so")) if self.bdist_dir else []
+        if platform == "linux_x86_64" and libraries:
+            platform = manylinux(libraries, platform)
+        return "py3", "none", platform
 
 
 setup(ext_modules=[Extension("tokred.libtokred", [])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

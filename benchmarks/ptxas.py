@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""Registers and spills of every kernel, from the log of a CUDA build: python benchmarks/ptxas.py build/cuda/build.log.
+"""Registers and spills of every kernel, from the log of a CUDA build: python benchmarks/ptxas.py build/py311/build.log.
 
 Fails when a kernel spills more than is written down here, so that a spill is a decision.
 """
