@@ -89,10 +89,10 @@ __device__ inline void warp_copy_rows(typename Tile<T, kDim>::Rows& to, const Kv
 #pragma unroll 4  // enough copies to overlap; all of them at once would hold too many addresses
     for (int j = 0; j < K::kKeys * kChunks / kWarpSize; ++j) {
       const int i = j * kWarpSize + lane_index(), row = i / kChunks, c = i % kChunks * K::kChunk;
-      if (c >= padded) continue;
       const int32_t s = slot[row];
-      const bool valid = s >= 0 && c < dim;
-      cp_async_16(&to[row][c], valid ? from + x.slot_offset(s, page_shift) + c : from, valid);
+      // What is not valid is not read, so slot 0 does for its address: no branch, and the unrolled copies interleave.
+      const T* source = from + x.slot_offset(max(s, 0), page_shift) + c;
+      if (c < padded) cp_async_16(&to[row][c], source, s >= 0 && c < dim);
     }
     return;
   }
