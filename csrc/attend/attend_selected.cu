@@ -85,14 +85,21 @@ __device__ inline void warp_copy_rows(typename Tile<T, kDim>::Rows& to, const Kv
   using K = Tile<T, kDim>;
   const int dim = static_cast<int>(x.dim), padded = (dim + pad - 1) / pad * pad;
   if (wide) {
-    constexpr int kChunks = kDim / K::kChunk;
-#pragma unroll 4  // enough copies to overlap; all of them at once would hold too many addresses
-    for (int j = 0; j < K::kKeys * kChunks / kWarpSize; ++j) {
-      const int i = j * kWarpSize + lane_index(), row = i / kChunks, c = i % kChunks * K::kChunk;
-      if (c >= padded) continue;
-      const int32_t s = slot[row];
-      const bool valid = s >= 0 && c < dim;
-      cp_async_16(&to[row][c], valid ? from + x.slot_offset(s, page_shift) + c : from, valid);
+    constexpr int kChunks = kDim / K::kChunk, kCopies = K::kKeys * kChunks / kWarpSize;
+    constexpr int kGroup = 4;  // enough copies to overlap; all of them at once would hold too many addresses
+    static_assert(kCopies % kGroup == 0, "whole groups");
+#pragma unroll 1
+    for (int j = 0; j < kCopies; j += kGroup) {
+      int32_t s[kGroup];
+#pragma unroll
+      for (int u = 0; u < kGroup; ++u) s[u] = slot[((j + u) * kWarpSize + lane_index()) / kChunks];
+#pragma unroll
+      for (int u = 0; u < kGroup; ++u) {
+        const int i = (j + u) * kWarpSize + lane_index(), row = i / kChunks, c = i % kChunks * K::kChunk;
+        // What is not valid is not read, so slot 0 does for its address: no branch.
+        const T* source = from + x.slot_offset(max(s[u], 0), page_shift) + c;
+        if (c < padded) cp_async_16(&to[row][c], source, s[u] >= 0 && c < dim);
+      }
     }
     return;
   }

@@ -176,6 +176,63 @@ __global__ void copy_lse_kernel(const AttnReceivedArgs args) {
 // NaN if either is.
 __device__ inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
 
+// Products q k become the weights that the chunk's queries, columns of acc, give to the warp's keys. 0 from a query
+// whose lse is -inf, and to keys from visible(column) on where masked says that there may be some. One instruction or
+// two per weight next to its exponential: all that is rare or the same in the whole warp stays out of the loop.
+template <int kRowTiles, int kColTiles, typename Visible>
+__device__ inline void thread_weigh(float (&acc)[kRowTiles][kColTiles][4], const float* lse, const float* weight,
+                                    bool weighted, float scale, bool masked, int key0, const Visible& visible) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  bool check = masked;
+#pragma unroll
+  for (int i = 0; i < 2 * kColTiles; ++i) {
+    const float from = lse[8 * (i / 2) + 2 * t + i % 2];
+    check = check || from == -INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      float& x = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
+      x = fast_exp2(x * scale - from * kLog2e);
+    }
+  }
+  if (weighted) {
+#pragma unroll
+    for (int i = 0; i < 2 * kColTiles; ++i) {
+      const float factor = weight[8 * (i / 2) + 2 * t + i % 2];
+#pragma unroll
+      for (int r = 0; r < 2 * kRowTiles; ++r) acc[r / 2][i / 2][2 * (r % 2) + i % 2] *= factor;
+    }
+  }
+  if (!check) return;
+#pragma unroll
+  for (int i = 0; i < 2 * kColTiles; ++i) {
+    const int column = 8 * (i / 2) + 2 * t + i % 2, end = lse[column] == -INFINITY ? 0 : visible(column);
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      if (key0 + 8 * r + g >= end) acc[r / 2][i / 2][2 * (r % 2) + i % 2] = 0.f;
+    }
+  }
+}
+
+template <int kRowTiles, int kColTiles>
+__device__ inline void thread_add(const float (&acc)[kRowTiles][kColTiles][4], bool max_reduce,
+                                  float (&total)[2 * kRowTiles]) {
+  if (max_reduce) {
+#pragma unroll
+    for (int i = 0; i < 2 * kColTiles; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2 * kRowTiles; ++r) {
+        total[r] = max_nan(total[r], acc[r / 2][i / 2][2 * (r % 2) + i % 2]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * kColTiles; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2 * kRowTiles; ++r) total[r] += acc[r / 2][i / 2][2 * (r % 2) + i % 2];
+    }
+  }
+}
+
 // Pass 2. A block takes warps * kRowsPerWarp keys and all queries of the group that see one of them.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
@@ -250,26 +307,14 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
       float acc[C::kRowTiles][C::kColTiles][4];
       warp_multiply<T, kDim>(acc, own, shared.tile[stage] + c);
       const bool masked = q0 + C::kChunk > q_len || (args.causal && int64_t{q_start} + q0 < key0 + C::kRowsPerWarp - 1);
-#pragma unroll
-      for (int n = 0; n < C::kColTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * n + 2 * t + e;
-          const float lse = shared.lse[stage][c + column];
-          const float weight = args.q_weight ? shared.weight[stage][c + column] : 1.f;
-          const int query = q0 + column;
-          // Keys before this one are seen; none by a query that is not there or whose lse is -inf.
-          int visible = args.causal ? static_cast<int>(args.num_visible(query)) : kv_len;
-          if (query >= q_len || lse == -INFINITY) visible = 0;
-          const bool check = masked || lse == -INFINITY;
-#pragma unroll
-          for (int r = 0; r < 2 * C::kRowTiles; ++r) {
-            float p = weight * fast_exp2(acc[r / 2][n][2 * (r % 2) + e] * scale - lse * kLog2e);
-            if (check && key0 + 8 * r + g >= visible) p = 0.f;
-            total[r] = args.max_reduce ? max_nan(total[r], p) : total[r] + p;
-          }
-        }
-      }
+      // Keys before this one are seen by query c + column of the tile; none where there is no query.
+      const auto visible = [&](int column) {
+        const int query = q0 + column;
+        return query >= q_len ? 0 : args.causal ? static_cast<int>(args.num_visible(query)) : kv_len;
+      };
+      thread_weigh<C::kRowTiles>(acc, &shared.lse[stage][c], &shared.weight[stage][c], args.q_weight != nullptr, scale,
+                                 masked, key0, visible);
+      thread_add<C::kRowTiles>(acc, args.max_reduce, total);
     }
     if (i % tiles_per_head == tiles_per_head - 1) write(i / tiles_per_head);
   }

@@ -14,6 +14,9 @@ struct AttnConfig {
   static constexpr bool kIsFloat = sizeof(T) == 4;
   static constexpr int kStep = kIsFloat ? 8 : 16;  // depth of one mma
   static constexpr int kSteps = kDim / kStep;
+  // Own rows in registers need every index known. Those in shared memory do not, and the compiler would otherwise load
+  // and split all of them ahead of the loop over tiles, into more registers than there are.
+  static constexpr int kUnroll = kIsFloat ? 8 : kSteps;
   static constexpr int kRowTiles = kIsFloat || kDim > 128 ? 1 : 2;  // as choose_attn_received_policy says
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kMaxThreads = kIsFloat ? 128 : 256;
@@ -136,7 +139,7 @@ __device__ inline void warp_multiply(float (&acc)[AttnConfig<T, kDim>::kRowTiles
 #pragma unroll
     for (int n = 0; n < C::kColTiles; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
   }
-#pragma unroll
+#pragma unroll C::kUnroll
   for (int s = 0; s < C::kSteps; ++s) {
     if constexpr (C::kIsFloat) {
       const float* low = own.rows[lane / 4] + 8 * s + lane % 4;
