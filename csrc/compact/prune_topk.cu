@@ -82,7 +82,8 @@ __device__ inline void finish_row(const PruneTopkArgs& args, int64_t batch_idx, 
 }
 
 template <typename T, int kItems>
-__global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_select_kernel(const PruneTopkArgs args) {
+__global__ void __launch_bounds__(kItems > 0 ? kPruneTopkMaxThreads : kPruneTopkStreamThreads)
+    prune_topk_select_kernel(const PruneTopkArgs args) {
   TOKRED_SHARED(SelectStorage, shared);
   const int64_t batch_idx = blockIdx.x;
   int64_t* out = args.kept_idx + batch_idx * args.k;
@@ -233,7 +234,8 @@ int prune_topk_cuda(const PruneTopkArgs& args, CUstream_st* stream) {
       choose_policy(args.max_seqlen, args.k, args.keep_mask != nullptr, args.cu_seqlens != nullptr);
   // A packed call may ask for more slots than its rows have tokens; a list that long is not kept in shared memory.
   if (args.k > kPruneTopkFusedTokens)
-    policy = {kPruneTopkMaxThreads, policy.fused ? 8 : policy.items, policy.num_chunks, policy.chunk_slots, false};
+    policy = {policy.fused ? kPruneTopkMaxThreads : policy.threads, policy.fused ? 8 : policy.items, policy.num_chunks,
+              policy.chunk_slots, false};
   int error = cudaErrorInvalidValue;
   dispatch_float(args.score_dtype,
                  [&](auto tag) { error = select<typename decltype(tag)::type>(args, policy, stream); });

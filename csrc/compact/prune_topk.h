@@ -49,6 +49,7 @@ struct PruneTopkPolicy {
   bool fused;       // the selecting blocks also copy: one launch; each repeats the selection, which is short
 };
 constexpr int kPruneTopkMaxItems = 32, kPruneTopkMaxThreads = 1024, kPruneTopkFusedTokens = 4096;
+constexpr int kPruneTopkStreamThreads = 512;  // of a block that reads its row anew: with 1024 it would spill registers
 constexpr int kPruneTopkRegisterKeys = kPruneTopkMaxItems * kPruneTopkMaxThreads;
 
 constexpr PruneTopkPolicy choose_policy(int64_t max_seqlen, int64_t k, bool forced, bool packed) {
@@ -68,6 +69,8 @@ constexpr PruneTopkPolicy choose_policy(int64_t max_seqlen, int64_t k, bool forc
   if (keys <= kPruneTopkRegisterKeys) {
     policy.items = 1;
     while (policy.items * policy.threads < keys) policy.items *= 2;
+  } else {
+    policy.threads = kPruneTopkStreamThreads;
   }
   return policy;
 }
