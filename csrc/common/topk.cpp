@@ -113,6 +113,8 @@ __attribute__((target("avx512f,popcnt"))) int64_t reaching_avx512(const float* s
   __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t count = 0, i = 0;
   for (; i + 64 <= n; i += 64) {
+    for (int line = 0; line < 4; ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(score + i + 1024 + 16 * line), _MM_HINT_T0);
     __mmask16 take[4];
     for (int v = 0; v < 4; ++v) take[v] = _mm512_cmp_ps_mask(_mm512_loadu_ps(score + i + 16 * v), limit, _CMP_GE_OQ);
     int64_t offset[5] = {count};
@@ -186,10 +188,12 @@ constexpr int64_t kSample = 512;  // keys looked at to guess a pivot
 template <typename T>
 int32_t guess_pivot(const TopkRow<T>& row, int64_t k) {
   int32_t sample[kSample];
-  const int64_t stride = row.num_tokens / kSample;
-  // The place moves within each stride by a fixed pattern, so that a period of the data cannot hide from the sample.
+  // Neighbours in fours: a quarter of the cache misses. The place moves within each stride by a fixed pattern, so that
+  // a period of the data cannot hide from the sample.
+  constexpr int64_t kGroup = 4;
+  const int64_t stride = kGroup * (row.num_tokens / kSample);
   for (int64_t i = 0; i < kSample; ++i) {
-    const int64_t token = i * stride + (i * 40503) % stride;
+    const int64_t group = i / kGroup, token = group * stride + (group * 40503) % (stride - kGroup + 1) + i % kGroup;
     sample[i] = signed_key(score_key(static_cast<float>(row.score[token * row.stride])));
   }
   const int64_t expected = k * kSample / row.num_tokens;

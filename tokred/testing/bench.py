@@ -113,7 +113,7 @@ def _num_copies(case: Case, inputs: Any, device: str) -> int:
     cache = llc_bytes() if device == "cpu" else 60 << 20
     size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(inputs)}.values())
     wanted = math.ceil((4 if device == "cpu" else 5) * cache / max(size, 1)) + 1
-    most = max(2, int(2e9 / max(size, 1)))  # 2 GB of copies at the most
+    most = max(2, int(1e9 / max(size, 1)))  # 1 GB of copies at the most
     return min(max(case.min_copies, wanted), most, 256)
 
 
