@@ -5,15 +5,10 @@
 // L1 once per four rows; a segment with one member of factor 1 is a copy.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "common/copy_rows.h"
 #include "common/parallel.h"
 #include "merge/segment_merge.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace tokred {
 namespace {
@@ -89,27 +84,10 @@ struct Coefficients {
   float operator()(int32_t token_idx) const { return (factor ? factor[token_idx] : 1.f) / total; }
 };
 
-// Outputs of this size go around the cache: they do not fit it beside the input, and a plain store first reads the line
-// that it overwrites. Larger ones are pages fresh from the kernel, whose lines it has just put into the cache.
-constexpr int64_t kStreamFrom = int64_t{12} << 20, kStreamBelow = int64_t{32} << 20;
-
-// Bytes, a multiple of 16, to a 16-byte aligned address.
-void store_row(void* out, const void* row, int64_t bytes, bool stream) {
-#if defined(__SSE2__)
-  if (stream) {
-    for (int64_t i = 0; i < bytes / 16; ++i) {
-      _mm_stream_si128(static_cast<__m128i*>(out) + i, _mm_loadu_si128(static_cast<const __m128i*>(row) + i));
-    }
-    return;
-  }
-#endif
-  std::memcpy(out, row, static_cast<size_t>(bytes));
-}
-
 // Columns [begin, end) of output row out (which starts at column begin).
 template <typename T, bool kMax>
 void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* members, int32_t count, int64_t begin,
-               int64_t end, T* out, bool stream) {
+               int64_t end, T* out) {
   const T* x = static_cast<const T*>(a.x) + batch_idx * a.stride_batch;
   const auto row_bytes = static_cast<int64_t>(sizeof(T)) * (end - begin);
   const Coefficients coefficient(a, batch_idx, members, count);
@@ -118,14 +96,13 @@ void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* memb
   }
   if (count == 1 && (kMax || coefficient(members[0]) == 1.f)) {
     const T* row = x + members[0] * a.stride_token + begin;
-    return store_row(out, row, row_bytes, stream);
+    return copy_row(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row), row_bytes);
   }
   alignas(64) float acc_block[kColumnBlock];
-  alignas(64) T rounded[kColumnBlock];
   for (int64_t c = begin; c < end; c += kColumnBlock, out += kColumnBlock) {
     const int64_t n = std::min(kColumnBlock, end - c);
     float* acc = acc_block;
-    if constexpr (std::is_same_v<T, float>) acc = stream ? acc_block : out;
+    if constexpr (std::is_same_v<T, float>) acc = out;
     for (int32_t m = 0; m < count;) {
       const T* rows[4] = {};
       float coef[4] = {};
@@ -144,12 +121,7 @@ void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* memb
       m == 0 ? add(std::true_type{}) : add(std::false_type{});
       m += take;
     }
-    const void* result = acc;
-    if constexpr (!std::is_same_v<T, float>) {
-      round_row(acc, stream ? rounded : out, n);
-      result = rounded;
-    }
-    if (stream) store_row(out, result, n * int64_t{sizeof(T)}, true);
+    if constexpr (!std::is_same_v<T, float>) round_row(acc, out, n);
   }
 }
 
@@ -169,8 +141,6 @@ void merge_size(const SegmentMergeArgs& a, int64_t batch_idx, int64_t segment_id
 template <typename T, bool kMax>
 void merge_all(const SegmentMergeArgs& a) {
   const int64_t rows = a.batch_size * a.num_out, row_bytes = a.dim * int64_t{sizeof(T)};
-  const bool stream = rows * row_bytes >= kStreamFrom && rows * row_bytes < kStreamBelow && row_bytes % 16 == 0 &&
-                      reinterpret_cast<uint64_t>(a.merged) % 16 == 0;
   const int64_t width = rows >= 64 ? std::max<int64_t>(a.dim, 1) : 1024;
   const int64_t num_chunks = std::max<int64_t>(ceil_div(a.dim, width), 1);
   const int64_t units = a.num_tokens + a.num_out;                                  // of one batch row and column chunk
@@ -194,13 +164,10 @@ void merge_all(const SegmentMergeArgs& a) {
         const int32_t* members = order + offsets[j];
         const int32_t count = offsets[j + 1] - offsets[j];
         T* out = static_cast<T*>(a.merged) + (batch_idx * a.num_out + j) * a.dim + column;
-        merge_row<T, kMax>(a, batch_idx, members, count, column, column_end, out, stream);
+        merge_row<T, kMax>(a, batch_idx, members, count, column, column_end, out);
         if (chunk == 0) merge_size(a, batch_idx, j, members, count);
       }
     }
-#if defined(__SSE2__)
-    if (stream) _mm_sfence();
-#endif
   });
 }
 
