@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
+import importlib.util
 import json
 import subprocess
 import sys
@@ -63,6 +64,21 @@ def test_ops_and_methods_list():
     for op in _registry.ops():
         assert f"tokred.{op.name}  [{op.family};" in printed and op.schemas[""] in printed
     assert "tokred.methods.tome" in tokred_command("methods").stdout
+
+
+def test_native_plans_every_op():
+    """tokred._native is there for the Python that built the library, and only then."""
+    if importlib.util.find_spec("tokred._native") is None:
+        assert "native        not for this Python" in tokred_command("doctor", "--device", "cpu").stdout
+        return
+    native = importlib.import_module("tokred._native")
+    assert set(native.planned_ops()) == {op.name for op in _registry.ops()}
+    sizes = {"batch_size": 8, "num_tokens": 576, "dim": 1024, "k": 192, "element_size": 2}
+    plan = native.plan("prune_topk", sizes)
+    assert plan["launches"][0]["kernel"] == "select_and_copy"
+    assert plan["bytes"] == 8 * (576 * 4 + 2 * 192 * 2048 + 192 * 8)
+    with pytest.raises(ValueError, match="expected a size named k"):
+        native.plan("prune_topk", {n: v for n, v in sizes.items() if n != "k"})
 
 
 def test_every_benchmark_runs(tmp_path):
