@@ -13,8 +13,6 @@ import torch
 import tokred
 from tokred.testing.compare import TOLERANCE
 
-KEYS = ("CPU", "CUDA", "Meta", "AutogradCPU")
-
 
 @dataclass(frozen=True)
 class Op:
