@@ -11,21 +11,21 @@ constexpr int64_t kLine = sizeof(Line);
 }  // namespace
 
 TOKRED_CLONES void copy_rows_at_once(char* dst, const char* const* src, int64_t bytes) {
-  constexpr int64_t kTurn = 4 * kLine;
-  const char *a = src[0], *b = src[1], *c = src[2], *d = src[3];
-  const auto copy = [&](char* to, const char* from, int64_t at) __attribute__((always_inline)) {
-    const Line line = *reinterpret_cast<const Line*>(from + at);
-    *reinterpret_cast<Line*>(to + at) = line;
-  };
+  const char* from[kRowsAtOnce];
+  for (int64_t r = 0; r < kRowsAtOnce; ++r) from[r] = src[r];
+  constexpr int64_t kTurn = 2 * kLine;
   int64_t at = 0;
   for (; at + kTurn <= bytes; at += kTurn) {
-    for (int64_t i = at; i < at + kTurn; i += kLine) copy(dst, a, i);
-    for (int64_t i = at; i < at + kTurn; i += kLine) copy(dst + bytes, b, i);
-    for (int64_t i = at; i < at + kTurn; i += kLine) copy(dst + 2 * bytes, c, i);
-    for (int64_t i = at; i < at + kTurn; i += kLine) copy(dst + 3 * bytes, d, i);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+#pragma GCC unroll 2
+      for (int64_t i = at; i < at + kTurn; i += kLine) {
+        *reinterpret_cast<Line*>(dst + r * bytes + i) = *reinterpret_cast<const Line*>(from[r] + i);
+      }
+    }
   }
   if (at == bytes) return;
-  for (int64_t r = 0; r < kRowsAtOnce; ++r) std::memcpy(dst + r * bytes + at, src[r] + at, size_t(bytes - at));
+  for (int64_t r = 0; r < kRowsAtOnce; ++r) std::memcpy(dst + r * bytes + at, from[r] + at, size_t(bytes - at));
 }
 
 }  // namespace tokred
