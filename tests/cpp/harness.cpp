@@ -192,6 +192,13 @@ int main(int argc, char** argv) {
     }
     wanted.emplace_back(argv[i]);
   }
+#ifdef TOKRED_TEST_CUDA
+  int devices = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess || devices == 0) {
+    std::printf("tokred_cpp_tests: no CUDA device: %s\n", cudaGetErrorString(error));
+    return 2;
+  }
+#endif
   int run = 0, failed = 0;
   for (const Test& test : tests()) {
     bool chosen = wanted.empty();

@@ -144,9 +144,7 @@ inline const char* name_of(DType dtype) {
   return dtype == DType::kF32 ? "float32" : dtype == DType::kF16 ? "float16" : "bfloat16";
 }
 // One rounding to the dtype, and float32 sums in another order.
-constexpr double rounding(DType dtype) {
-  return dtype == DType::kF32 ? 2e-5 : dtype == DType::kF16 ? 0x1p-10 : 0x1p-7;
-}
+constexpr double rounding(DType dtype) { return dtype == DType::kF32 ? 2e-5 : dtype == DType::kF16 ? 0x1p-10 : 0x1p-7; }
 template <typename... Parts>
 std::string text(const Parts&... parts) {
   std::string out;
@@ -165,8 +163,8 @@ struct Register {
   Register(const char* op, const char* name, void (*body)());
 };
 // In FAMILY/test_NAME.cpp: TOKRED_TEST(prune_topk, ragged) { ... }
-#define TOKRED_TEST(op, name)                                                  \
-  static void op##_##name();                                                   \
+#define TOKRED_TEST(op, name)                                                            \
+  static void op##_##name();                                                             \
   static const ::tokred::test::Register register_##op##_##name(#op, #name, op##_##name); \
   static void op##_##name()
 

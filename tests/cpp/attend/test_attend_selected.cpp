@@ -88,10 +88,10 @@ void check_all(const Case& c) {
   for (const DType dtype : kDTypes) {
     dispatch_float(dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      check(text(name_of(dtype), " [", c.batch_size, ", ", c.num_q_heads, "/", c.num_kv_heads, ", ", c.q_len, ", ",
-                 c.dim, "/", c.dim_v, "] ", c.num_listed, " of ", c.kv_len, ", ", c.list_heads, " lists, page ",
-                 c.page_size),
-            [&](const Side& side) { return call<T>(c, dtype, side); });
+      check(
+          text(name_of(dtype), " [", c.batch_size, ", ", c.num_q_heads, "/", c.num_kv_heads, ", ", c.q_len, ", ", c.dim,
+               "/", c.dim_v, "] ", c.num_listed, " of ", c.kv_len, ", ", c.list_heads, " lists, page ", c.page_size),
+          [&](const Side& side) { return call<T>(c, dtype, side); });
     });
   }
 }

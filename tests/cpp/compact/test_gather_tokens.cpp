@@ -63,9 +63,7 @@ TOKRED_TEST(gather_tokens, shared_list) {  // every copy width, rows shorter and
 TOKRED_TEST(gather_tokens, off_alignment) {
   check_both(2, 1, 19, {{1, 30, 32, 1}, {1, 30, 32, 2}, {1, 30, 32, 4}, {1, 30, 32, 8}});
 }
-TOKRED_TEST(gather_tokens, list_per_head) {
-  check_both(2, 3, 21, {{3, 40, 16}, {3, 40, 64}, {3, 25, 2}});
-}
+TOKRED_TEST(gather_tokens, list_per_head) { check_both(2, 3, 21, {{3, 40, 16}, {3, 40, 64}, {3, 25, 2}}); }
 TOKRED_TEST(gather_tokens, empty) {
   check_both(2, 1, 0, {{1, 40, 16}});
   check_both(0, 1, 4, {{1, 40, 16}});

@@ -106,8 +106,8 @@ TOKRED_TEST(prune_topk, chunks) {  // merged by 1, 2, 4, 8, 16, 32 keys per thre
 }
 TOKRED_TEST(prune_topk, packed) {
   check_all({4, 500, 60, {0, 20, 20, 400, 500}, 380, 10, 10});
-  check_all({2, 500, 60, {-3, 200, 900}, 300});       // lengths that lie: nothing is read out of bounds
-  check_all({2, 300, 4100, {0, 100, 300}, 200});      // more slots than the list in shared memory holds
+  check_all({2, 500, 60, {-3, 200, 900}, 300});         // lengths that lie: nothing is read out of bounds
+  check_all({2, 300, 4100, {0, 100, 300}, 200});        // more slots than the list in shared memory holds
   check_all({2, 40000, 50, {0, 39000, 40000}, 39000});  // streamed
 }
 TOKRED_TEST(prune_topk, masks) {

@@ -23,8 +23,8 @@ Results call(const Case& c, DType dtype, const Side& side) {
   Random random(static_cast<uint64_t>(c.num_tokens + c.dim));
   const int64_t tokens = c.batch_size * c.num_tokens;
   // Dot products of small whole numbers: exact, and full of ties.
-  const Buffer<T> metric(
-      side, c.normalize ? random.normals<T>(tokens * c.dim) : random.whole<T>(tokens * c.dim, -3, 4), c.lead);
+  const Buffer<T> metric(side, c.normalize ? random.normals<T>(tokens * c.dim) : random.whole<T>(tokens * c.dim, -3, 4),
+                         c.lead);
   std::vector<uint8_t> bits = random.whole<uint8_t>(tokens, 0, 100);
   for (uint8_t& bit : bits) bit = bit < c.protect_percent;
   const Buffer<uint8_t> protect(side, bits);

@@ -14,7 +14,7 @@ struct Case {
   bool causal = false;
   int64_t q_start = 0;
   bool max_reduce = false, weighted = false, lse_given = false;
-  int64_t lead = 0;        // elements before q and k
+  int64_t lead = 0;          // elements before q and k
   bool interleaved = false;  // heads inside of tokens
 };
 
