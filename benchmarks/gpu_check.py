@@ -314,6 +314,8 @@ def all_stages(facts: dict, out: Path, wheel: Path | None, rehearse: bool) -> li
     for tool, budget in (("memcheck", 60), ("racecheck", 75), ("synccheck", 45), ("initcheck", 45)):
         options = "--tool memcheck --leak-check full" if tool == "memcheck" else f"--tool {tool}"
         command = f"{shlex.quote(sanitizer or '')} {options} --error-exitcode 99 --print-limit 20 {driver}"
+        if tool == "initcheck":
+            command = f"TOKRED_CPP_POISON=0 {command}"
         if not sanitizer:
             command = "echo '========= compute-sanitizer: not found'; false"
         stages.append(Stage(tool, "compute-sanitizer on the C++ tests", budget, command, by_sanitizer))

@@ -67,6 +67,13 @@ void fail(const std::string& message) {
   std::printf("  %s\n", message.c_str());
 }
 
+#ifdef TOKRED_TEST_DEVICE
+bool poisons() {
+  const char* wish = std::getenv("TOKRED_CPP_POISON");
+  return !wish || std::strcmp(wish, "0") != 0;
+}
+#endif
+
 #ifdef TOKRED_TEST_CUDA
 void must(const char* call, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(text(call, ": ", cudaGetErrorString(error)));
@@ -87,13 +94,14 @@ Memory::Memory(const Side& side, size_t bytes) : on_device_(side.on_device), dat
 #ifdef TOKRED_TEST_CUDA
   if (on_device_) {
     if (bytes) must("cudaMalloc", cudaMalloc(&data_, bytes));
+    if (bytes && poisons()) must("cudaMemset", cudaMemset(data_, 0xff, bytes));
     return;
   }
 #endif
   data_ = std::malloc(bytes);
   if (!data_ && bytes) throw std::bad_alloc();
-#ifdef TOKRED_SIMT
-  std::memset(data_, 0xff, bytes);
+#ifdef TOKRED_TEST_DEVICE
+  if (bytes && poisons()) std::memset(data_, 0xff, bytes);
 #endif
 }
 

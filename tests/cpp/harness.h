@@ -40,8 +40,9 @@ void check_launch(const char* op, int error);  // a cudaError_t; another one tha
 #define TOKRED_RUN(side, op, args) op##_cpu(args)
 #endif
 
-// Memory of exactly that many bytes on a side. Outputs and scratch stay as they come (valgrind and initcheck know), but
-// the emulator's, which are poisoned.
+// Memory of exactly that many bytes on a side. Where there is a device it is poisoned first, or what an earlier call
+// has left could pass for a result; TOKRED_CPP_POISON=0 leaves it as it comes, for initcheck. The cpu flavour has
+// valgrind.
 class Memory {
  public:
   Memory(const Side& side, size_t bytes);
