@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 torch_dir = $(shell $(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
 sources = $(shell find csrc tests/simt third_party -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-cpu test-simt test-race check format lint cuda wheel clean env build
+.PHONY: demo test test-cpp test-cpu test-simt test-race check format lint cuda wheel clean env build
 
 env: $(VENV)/.env
 $(VENV)/.env: pyproject.toml
@@ -48,11 +48,26 @@ test-cpu: build
 test-simt: build build/simt/libtokred_simt.so
 	$(BIN)/python -m pytest tests/simt
 	TOKRED_LIBRARY=$(abspath build/simt/libtokred_simt.so) TOKRED_SIMT_THREADS=1 \
-	  $(BIN)/python -m pytest tests/score tests/compact tests/merge tests/attend tests/test_contract.py -n $(JOBS)
+	  $(BIN)/python -m pytest tests/score tests/compact tests/merge tests/attend tests/test_contract.py tests/test_cuda.py -n $(JOBS)
 # Every kernel once under the race detector, which is too slow for every test.
 test-race: build build/race/libtokred_simt.so
 	TOKRED_LIBRARY=$(abspath build/race/libtokred_simt.so) TOKRED_SIMT_ADDR2LINE=0 \
 	  $(BIN)/python -m pytest tests/test_contract.py -k "matches_reference" -n $(JOBS)
+
+# The kernels without torch: the CPU ones under valgrind, the CUDA ones on the emulator. Then what benchmarks/gpu_check.sh
+# does on a GPU, rehearsed.
+build/cpp-cpu/tokred_cpp_tests build/cpp-simt/tokred_cpp_tests: build/cpp-%/tokred_cpp_tests: $(VENV)/.env $(sources) $(shell find tests/cpp -type f)
+	@mkdir -p build
+	@$(BIN)/cmake -S . -B build/cpp-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTOKRED_CPP_TESTS=ON \
+	  -DTOKRED_SIMT=$(if $(filter simt,$*),ON,OFF) -DTOKRED_WERROR=ON -DTOKRED_TORCH_DIR=$(torch_dir) > build/cpp-$*.log 2>&1 \
+	  || { cat build/cpp-$*.log; exit 1; }
+	$(BIN)/cmake --build build/cpp-$* -j $(JOBS) --target tokred_cpp_tests
+	@touch $@
+test-cpp: build build/cpp-cpu/tokred_cpp_tests build/cpp-simt/tokred_cpp_tests
+	@command -v valgrind > /dev/null || { echo "test-cpp: valgrind is not installed"; exit 1; }
+	valgrind -q --error-exitcode=9 --leak-check=full build/cpp-cpu/tokred_cpp_tests
+	build/cpp-simt/tokred_cpp_tests
+	PYTHON=$(abspath $(BIN))/python benchmarks/gpu_check.sh --rehearse --out build/rehearsal
 
 demo: build
 	$(BIN)/python examples/demo.py --out out
@@ -62,11 +77,11 @@ $(VENV)/.dev: $(VENV)/.env
 	@touch $@
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 	$(BIN)/mypy
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 check: format lint
 	TOKRED_WERROR=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $(VENV)/.build

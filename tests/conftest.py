@@ -12,17 +12,26 @@ from hypothesis import settings
 from tokred import _ext
 
 SIMT = "simt" in _ext.LIBRARY.name
+REQUIRE_CUDA = os.environ.get("TOKRED_REQUIRE_CUDA") == "1"  # on a machine with a GPU a skipped CUDA test is a failure
 if SIMT:
     DEVICES = [pytest.param("cpu", id="simt")]
 else:
     DEVICES = [pytest.param("cpu", id="cpu")]
     if torch.cuda.is_available():
         DEVICES.append(pytest.param("cuda", id="cuda"))
-    elif os.environ.get("TOKRED_REQUIRE_CUDA") == "1":  # on a machine with a GPU a skipped CUDA test is a failure
+    elif REQUIRE_CUDA:
         raise RuntimeError("TOKRED_REQUIRE_CUDA=1, but torch sees no CUDA device")
 
 settings.register_profile("tokred", max_examples=10 if SIMT else 40, deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("tokred")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if REQUIRE_CUDA and report.skipped and "cuda" in item.nodeid and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"TOKRED_REQUIRE_CUDA=1, but skipped: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(params=DEVICES)

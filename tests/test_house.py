@@ -26,7 +26,9 @@ def test_op_is_whole(op):
     folder = ROOT / "csrc" / op.family
     for file in (f"{op.name}.h", f"{op.name}.cpp", f"{op.name}_cpu.cpp", f"{op.name}.cu"):
         assert (folder / file).exists(), f"{op.name}: csrc/{op.family}/{file} is missing"
-    assert (ROOT / "tests" / op.family / f"test_{op.name}.py").exists()
+    tests = ROOT / "tests" / op.family / f"test_{op.name}.py"
+    assert "def test_offsets_beyond_2_31(" in tests.read_text(), "benchmarks/gpu_check.sh runs these by their name"
+    assert (ROOT / "tests" / "cpp" / op.family / f"test_{op.name}.cpp").exists()
     assert (ROOT / "benchmarks" / op.family / f"bench_{op.name}.py").exists()
     assert getattr(tokred, op.name) is op.function
     for name in (op.name, "reference", "sample_inputs"):

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 
-// Kernels that use csrc/common and the emulator rightly (ok_) and wrongly (bad_); test_simt.py says what each must
-// give. The right ones also compile with nvcc, for a comparison with a GPU.
+// Kernels that use csrc/common and the emulator rightly (ok_) and wrongly (bad_, race_): test_wrappers.py and
+// test_simt.py say what each must give. The right ones also compile with nvcc, and run on a GPU where there is one.
 #include <cstring>
 
 #include "common/block.cuh"
