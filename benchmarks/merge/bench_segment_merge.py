@@ -19,7 +19,7 @@ def make_tome(
     i: int, device: str, dtype: torch.dtype, shape: tuple[int, int, int], r: int
 ) -> tuple[Tensor, Tensor, int, Tensor, Lists]:
     """Even tokens are sources, odd ones targets; r sources merge. Output order: sources that stay, targets."""
-    batch_size, num_tokens, dim = shape
+    batch_size, num_tokens = shape[:2]
     random = generator(device, i)
     options = {"generator": random, "device": device}
     num_even, num_odd = (num_tokens + 1) // 2, num_tokens // 2

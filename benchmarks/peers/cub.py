@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""CUB: DeviceTopK (AIR top-k, unsorted), then a sort of the indices and index_select. A driver of a few lines is compiled
-by nvcc on first use, against the newest CCCL that is installed. Not run on a GPU yet."""
+"""CUB: DeviceTopK (AIR top-k, unsorted), then a sort of the indices and index_select.
+
+A driver of a few lines is compiled by nvcc on first use, against the newest CCCL that is installed. Not run on a GPU yet.
+"""
 
 import ctypes
 import re

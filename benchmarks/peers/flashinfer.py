@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""FlashInfer: top_k (radix, clusters or CUB, as it chooses), and batch decode over pages of one token, each kv head a
-request of its own so that lists may differ per head. The plan is not timed. Not run on a GPU yet."""
+"""FlashInfer: top_k (radix, clusters or CUB, as it chooses), and batch decode over pages of one token.
+
+Each kv head is a request of its own, so that lists may differ per head. The plan is not timed. Not run on a GPU yet.
+"""
 
 import flashinfer
 import torch

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""FlexAttention: the lists as a mask over the whole cache; blocks without a listed key are skipped. The block mask is made
-beforehand and not timed."""
+"""FlexAttention: the lists as a mask over the whole cache; blocks without a listed key are skipped.
+
+The block mask is made beforehand and not timed.
+"""
 
 import torch
 from torch import Tensor

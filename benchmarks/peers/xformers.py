@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""xformers: rows gathered by index_select, then its memory-efficient attention with grouped heads. It has no lists per
-head. Not run on a GPU yet."""
+"""xformers: rows gathered by index_select, then its memory-efficient attention with grouped heads.
+
+It has no lists per head. Not run on a GPU yet.
+"""
 
 import torch
 import xformers

@@ -8,12 +8,13 @@ rows are kept and ``report`` how they are shown. docs/benchmarks.md explains the
 
 import contextlib
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-
 
 from tokred import _registry
 from tokred.testing.compare import assert_close
@@ -93,6 +94,7 @@ class Row:
         floor: Seconds of a perfect kernel at the measured ceilings.
         reach: The ratio to the best peer that is aimed at.
         core: Whether the case is in the core matrix.
+        unlike: Candidates that do something else, to compare with, but are no peers; with the reason.
         skipped: Peers that did not run, with the reason.
         note: One line.
     """
@@ -114,6 +116,7 @@ class Row:
     floor: float = 0.0
     reach: float | None = None
     core: bool = False
+    unlike: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
@@ -121,6 +124,12 @@ class Row:
     def speedup(self) -> dict[str, float]:
         """Return by how much tokred is faster than each peer."""
         return {name: t / self.seconds["tokred"] for name, t in self.seconds.items() if name != "tokred"}
+
+    @property
+    def best_peer(self) -> str | None:
+        """Return the fastest peer, or None without any."""
+        peers = [name for name in self.speedup if name not in self.unlike]
+        return min(peers, key=lambda name: self.seconds[name], default=None)
 
     @property
     def floor_share(self) -> float:
@@ -200,7 +209,8 @@ def measure(
 ) -> Row:
     """Compare the outputs of all candidates with the reference, then time them; ``seconds`` is aimed at per candidate."""
     skipped: dict[str, str] = {}
-    torch.compiler.reset()  # a compilation per case: more of one function would make it fall back to eager
+    if "torch._dynamo" in sys.modules:  # a compilation per case: more of one function would make it fall back to eager
+        torch.compiler.reset()
     with num_threads(ceilings.threads):
         first = case.make(0)
         found = checked_candidates(case, peers, first, skipped)
@@ -215,14 +225,20 @@ def measure(
         copies = rotate(case.make, touched, timer, case.min_copies, 2 if smoke else 256)
         passes, eager = {}, {}
         for name, peer in found.items():
-            prepared = [peer.prepare(*inputs) for inputs in copies]
-            passes[name] = timer.ready(peer.run, prepared, captures=peer.captures)
+            try:
+                prepared = [peer.prepare(*inputs) for inputs in copies]
+                passes[name] = timer.ready(peer.run, prepared, captures=peer.captures)
+            except Exception as error:
+                if name in case.run:
+                    raise
+                skipped[name] = _reason(error)
+                continue
             late = timer.eager(peer.run, prepared)
             if late is not None:
                 eager[name] = late
         aim = 0.0 if smoke else seconds
-        times = interleave({n: (lambda p=p: timer.seconds(p)) for n, p in passes.items()}, aim)
-        late_times = interleave({n: (lambda p=p: wall(p)) for n, p in eager.items()}, aim / 4) if eager else {}
+        times = interleave({name: partial(timer.seconds, p) for name, p in passes.items()}, aim)
+        late_times = interleave({name: partial(wall, p) for name, p in eager.items()}, aim / 4) if eager else {}
     return Row(
         op=case.op,
         case=case.name,
@@ -241,6 +257,7 @@ def measure(
         floor=ceilings.floor(num_bytes, flops, case.dtype),
         reach=case.reach,
         core=case.core or case.reach is not None,
+        unlike={name: why for name, why in case.unlike.items() if name in times},
         skipped=skipped,
         note="; ".join(part for part in (case.note, *(f"{n} {p.note}" for n, p in passes.items() if p.note)) if part),
     )
@@ -253,9 +270,7 @@ _MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-def measure_overhead(
-    case: Case, timer: Timer, peers: Peers, *, smoke: bool = False, seconds: float = 0.2
-) -> list[Row]:
+def measure_overhead(case: Case, timer: Timer, peers: Peers, *, smoke: bool = False, seconds: float = 0.2) -> list[Row]:
     """Time what the host spends on a call with tiny inputs, under each mode of autograd; compiled peers are left out."""
     skipped: dict[str, str] = {}
     rows = []
@@ -266,7 +281,7 @@ def measure_overhead(
         ready = {name: (peer.run, peer.prepare(*inputs)) for name, peer in found.items()}
         for mode, context in _MODES.items():
             with context():
-                turns = {n: (lambda r=r, p=p: timer.queueing(r, p, calls)) for n, (r, p) in ready.items()}
+                turns = {n: partial(timer.queueing, run, prepared, calls) for n, (run, prepared) in ready.items()}
                 times = interleave(turns, 0.0 if smoke else seconds)
             rows.append(
                 Row(
@@ -280,6 +295,7 @@ def measure_overhead(
                     seconds={name: statistics.median(t) for name, t in times.items()},
                     spread={name: spread(t) for name, t in times.items()},
                     core=True,
+                    unlike={name: why for name, why in case.unlike.items() if name in times},
                     skipped=skipped,
                     note=f"{case.name}: what the host spends on a call",
                 )
@@ -289,12 +305,11 @@ def measure_overhead(
 
 def si(number: float, unit: str) -> str:
     """Return a number with three digits and a prefix: 1.5 GB/s, 12.3 us."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u")):
-        if abs(number) >= factor:
-            break
+    prefixes = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "u"}
+    factor = next((f for f in prefixes if abs(number) >= f), 1e-6)
     scaled = number / factor
     digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
-    return f"{scaled:.{digits}f} {prefix}{unit}"
+    return f"{scaled:.{digits}f} {prefixes[factor]}{unit}"
 
 
 def rate(row: Row) -> str:
@@ -316,5 +331,3 @@ def show(row: Row) -> str:
     memory = f"  +{row.memory['tokred'] / 2**20:.1f} MiB" if "tokred" in row.memory else ""
     eager = f"  eager {si(row.eager['tokred'], 's')}" if "tokred" in row.eager else ""
     return f"{line} {rate(row):>11} {100 * row.floor_share:4.0f}% of floor{eager}{memory}  {peers}{aim}"
-
-

@@ -100,7 +100,7 @@ def run(files: Mapping[str, Path], peers: Peers, options: Options) -> tuple[Resu
     counts = {op: sum(1 for _ in _cases(path, options)) for op, path in files.items()}
     progress = Progress(sum(len(threads) * count + 1 for count in counts.values()))
 
-    told: set[str] = set()
+    told: set[tuple[str, str]] = set()  # reasons that were printed already
 
     def attempt(what: str, work: Callable[[], list[Row]]) -> None:
         progress.begin(what)
@@ -119,11 +119,13 @@ def run(files: Mapping[str, Path], peers: Peers, options: Options) -> tuple[Resu
         if options.device == "cuda":
             torch.cuda.empty_cache()
 
+    def one(case: Case, ceiling: Ceilings) -> list[Row]:
+        return [measure(case, timer, ceiling, peers, smoke=options.smoke, seconds=options.seconds)]
+
     for op, path in files.items():
         for ceiling in ceilings:
             for case in _cases(path, options):
-                once = partial(measure, case, timer, ceiling, peers, smoke=options.smoke, seconds=options.seconds)
-                attempt(f"{op} {case.name} {case.dtype}", lambda once=once: [once()])
+                attempt(f"{op} {case.name} {case.dtype}", partial(one, case, ceiling))
         tiny = next(iter(load_file(path).cases(options.device, True)))
         attempt(f"{op} call overhead", partial(measure_overhead, tiny, timer, peers, smoke=options.smoke))
         if options.json:  # after each op: a run that is cut short keeps what it has measured

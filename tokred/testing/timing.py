@@ -168,15 +168,13 @@ class CudaTimer:
         self._check_replay(run, copies, graph, outputs)
         return Pass(graph.replay, len(copies), "graph", keep=(graph, outputs, list(copies)))
 
-    def _check_replay(
-        self, run: Run, copies: Sequence[tuple[Any, ...]], graph: Any, outputs: Sequence[Any]
-    ) -> None:
+    def _check_replay(self, run: Run, copies: Sequence[tuple[Any, ...]], graph: Any, outputs: Sequence[Any]) -> None:
         checked = sorted({0, len(copies) - 1})
         expected = [[t.clone() for t in tensors(run(*copies[i]))] for i in checked]
         given = storages(list(copies))
         for t in tensors(list(outputs)):
             if t.untyped_storage().data_ptr() not in given:  # an output may be a view of an input
-                t.untyped_storage().fill_(_POISON)
+                torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).fill_(_POISON)
         graph.replay()
         self._api.synchronize()
         for i, wanted in zip(checked, expected):
