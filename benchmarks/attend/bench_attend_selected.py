@@ -42,10 +42,11 @@ def maker(
     caches: dict[int, list[Tensor]] = {}
 
     def make(i: int) -> tuple[Any, ...]:
-        options = {"generator": generator(device, i), "device": device}
         if i % 8 not in caches:
             shape = (batch_size, heads[1], kv_len, head_dim)
-            caches[i % 8] = [torch.randn(*shape, **options).to(dtype) for _ in range(2)]
+            random = generator(device, 1000 + i % 8)  # not that of q: the same number gives the same copy again
+            caches[i % 8] = [torch.randn(*shape, generator=random, device=device).to(dtype) for _ in range(2)]
+        options = {"generator": generator(device, i), "device": device}
         q = torch.randn(batch_size, heads[0], 1, head_dim, **options).to(dtype)
         kept_idx = torch.rand(batch_size, heads[1], kv_len, **options).topk(k).indices.sort().values
         return q, *caches[i % 8], kept_idx

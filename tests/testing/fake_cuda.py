@@ -116,6 +116,9 @@ class FakeCuda:
     def get_device_properties(self, index):
         return SimpleNamespace(L2_cache_size=1000)
 
+    def mem_get_info(self):
+        return 4 << 20, 8 << 20  # free, total
+
     def memory_allocated(self):
         return self.allocated
 

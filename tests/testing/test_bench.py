@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The tokred authors
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import tokred
 from tokred import _registry
 from tokred.testing import bench, machine, suite
 from tokred.testing.peers import Peers, load_file
-from tokred.testing.timing import CpuTimer
+from tokred.testing.timing import CpuTimer, CudaTimer, storages, tensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda import FakeCuda
 
 BENCHMARKS = Path(tokred.__file__).parents[1] / "benchmarks"
 FILES = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHMARKS.glob("*/bench_*.py"))}
@@ -282,6 +286,14 @@ def test_core_rows_only(tmp_path):
 
 
 @pytest.mark.parametrize("op", FILES)
+def test_the_same_number_gives_the_same_inputs(op):
+    for case in load_file(FILES[op]).cases("cpu", True):
+        first, _, again, other = (list(tensors(case.make(i))) for i in (0, 1, 0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+        assert not all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("op", FILES)
 def test_a_gpu_for_minutes_gets_core_rows_of_every_op(op):
     """Cases make no data until they are asked to, so those of a GPU can be looked at here."""
     module = load_file(FILES[op])
@@ -302,3 +314,20 @@ def test_core_rows_of_a_gpu_take_three_minutes_at_most():
                 candidates = len(case.run) + len(case.peers) + len(case.compiled)
                 seconds += 1 + 0.5 * candidates + 8 * (len(case.compiled) + ("flex_attention" in case.peers))
     assert seconds < 180
+
+
+@pytest.mark.parametrize("op", FILES)
+def test_every_op_by_graph_replay_on_a_stand_in(op):
+    """The path of a GPU, from the capture to the row, with ops on the CPU behind a fake ``torch.cuda``."""
+    api = FakeCuda()
+    with api.watch():
+        for case in load_file(FILES[op]).cases("cpu", True):
+            case.compiled = ()
+            row = bench.measure(case, CudaTimer(api), CEILINGS, Peers("cpu", wanted=["aten"]), smoke=True)
+            assert set(row.how) == set(case.run) and set(row.how.values()) == {"graph"}, row.note
+            assert set(row.eager) == set(row.memory) == set(case.run)
+            # A call takes at least its outputs; nothing is freed in the stand-in, so that more means nothing.
+            outputs = sum(storages(case.run["tokred"](*case.make(0))).values())
+            assert row.memory["tokred"] >= outputs > 0
+        rows = bench.measure_overhead(case, CudaTimer(api), Peers("cpu", wanted=["aten"]), smoke=True)
+        assert [row.device for row in rows] == ["cuda"] * 3

@@ -86,6 +86,18 @@ def test_a_kernel_that_missed_the_capture_is_noticed(api):
         CudaTimer(api).ready(elsewhere, copies())
 
 
+def test_a_replay_passes_the_check_of_the_outputs(api):
+    seen = []
+    done = CudaTimer(api).ready(double, copies(), check=seen.append)
+    assert done.how == "graph" and seen[0] is done.keep[1][0] and seen[0][0].tolist() == [0.0, 2.0, 4.0, 6.0]
+
+    def refuse(out):
+        raise AssertionError("differs")
+
+    with pytest.raises(AssertionError, match="differs"):
+        CudaTimer(api).ready(double, copies(), check=refuse)
+
+
 def test_outputs_that_are_inputs_are_not_spoilt(api):
     inputs = copies()
     assert CudaTimer(api).ready(lambda x, idx: x.view(2, 2), inputs).how == "graph"

@@ -39,7 +39,7 @@ class Case:
         op: The op's name.
         name: Sizes as people say them.
         dtype: Of the main input, as a word.
-        make: Makes one copy of the inputs; called with the copy's number. Copies may share storage.
+        make: Makes one copy of the inputs; called with the copy's number, the same each time. Copies may share storage.
         run: tokred and the compositions by name, "tokred" first; each is called with one copy's inputs.
         call: Maps a copy's inputs to the arguments of the public op, for its ``floor`` and ``reference``.
         peers: Plug-ins that can do this (``benchmarks/peers/NAME.py``).
@@ -172,29 +172,43 @@ def _reason(error: Exception) -> str:
     return lines[0] if isinstance(error, NotApplicable) else f"{type(error).__name__}: {lines[0]}"
 
 
-def checked_candidates(
-    case: Case, peers: Peers, inputs: tuple[Any, ...], skipped: dict[str, str], *, compiled: bool = True
-) -> dict[str, Peer]:
-    """Run each candidate once and compare its output with the reference; return those that may be timed.
-
-    tokred or a composition that is wrong raises. A compiled composition or a plug-in that fails or differs is left out,
-    with the reason in ``skipped``: its adapter may be at fault, and the other numbers are worth having.
-    """
+def checks_of(case: Case, inputs: tuple[Any, ...]) -> Callable[[str, Peer, Any], None]:
+    """Compute what the reference says; return ``check(name, peer, out)``, which raises where a candidate's output differs."""
     op = _registry.op(case.op)
     args, kwargs = case.call(*inputs)
     with torch.no_grad():
         wanted = case.reference(*inputs) if case.reference else op.module.reference(*args, **kwargs)
-    expected = case.compare(wanted, *inputs)
-    del wanted
+        expected = case.compare(wanted, *inputs)
     own = op.tolerance(getattr(torch, case.dtype))
+
+    def check(name: str, peer: Peer, out: Any) -> None:
+        rtol, atol = own if name == "tokred" else (case.tolerance or own)
+        label = f"{case.op} {case.name} {case.dtype}: {name} against the reference"
+        assert_close(case.compare(peer.finish(out), *inputs), expected, rtol=rtol, atol=atol, name=label)
+
+    return check
+
+
+def checked_candidates(
+    case: Case,
+    peers: Peers,
+    inputs: tuple[Any, ...],
+    check: Callable[[str, Peer, Any], None],
+    skipped: dict[str, str],
+    *,
+    compiled: bool = True,
+) -> dict[str, Peer]:
+    """Run each candidate once and check its output; return those that may be timed.
+
+    tokred or a composition that is wrong raises. A compiled composition or a plug-in that fails or differs is left out,
+    with the reason in ``skipped``: its adapter may be at fault, and the other numbers are worth having.
+    """
     found: dict[str, Peer] = {}
     for name, peer in _candidates(case, peers, skipped, compiled):
         try:
             out = peer.run(*peer.prepare(*inputs))
             if name not in case.unlike:
-                rtol, atol = own if name == "tokred" else (case.tolerance or own)
-                label = f"{case.op} {case.name} {case.dtype}: {name} against the reference"
-                assert_close(case.compare(peer.finish(out), *inputs), expected, rtol=rtol, atol=atol, name=label)
+                check(name, peer, out)
         except Exception as error:
             if name in case.run:
                 raise
@@ -213,7 +227,8 @@ def measure(
         torch.compiler.reset()
     with num_threads(ceilings.threads):
         first = case.make(0)
-        found = checked_candidates(case, peers, first, skipped)
+        check = checks_of(case, first)
+        found = checked_candidates(case, peers, first, check, skipped)
         args, kwargs = case.call(*first)
         num_bytes, flops = _registry.op(case.op).module.floor(*args, **kwargs)
         memory = {}
@@ -227,7 +242,8 @@ def measure(
         for name, peer in found.items():
             try:
                 prepared = [peer.prepare(*inputs) for inputs in copies]
-                passes[name] = timer.ready(peer.run, prepared, captures=peer.captures)
+                again = None if name in case.unlike else partial(check, name, peer)
+                passes[name] = timer.ready(peer.run, prepared, again, captures=peer.captures)
             except Exception as error:
                 if name in case.run:
                     raise
@@ -277,7 +293,7 @@ def measure_overhead(case: Case, timer: Timer, peers: Peers, *, smoke: bool = Fa
     calls = 3 if smoke else 30  # few enough that a GPU's queue does not fill
     with num_threads(1):
         inputs = case.make(0)
-        found = checked_candidates(case, peers, inputs, skipped, compiled=False)
+        found = checked_candidates(case, peers, inputs, checks_of(case, inputs), skipped, compiled=False)
         ready = {name: (peer.run, peer.prepare(*inputs)) for name, peer in found.items()}
         for mode, context in _MODES.items():
             with context():

@@ -96,7 +96,7 @@ def _matrix_rate(device: str, dtype: torch.dtype, n: int) -> float:
 
 def _sm_clock_under_load() -> int | None:
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(200):  # a few hundred milliseconds of work, queued
+    for _ in range(500):  # a good half second of work, queued
         a @ a
     clock = sm_clock()
     torch.cuda.synchronize()
@@ -125,8 +125,9 @@ def measure_ceilings(device: str, threads: int, *, smoke: bool = False) -> Ceili
 
 
 def _nvidia_smi(query: str) -> str | None:
-    index = str(torch.cuda.current_device()) if torch.cuda.is_available() else "0"
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    # By its name: CUDA_VISIBLE_DEVICES renumbers GPUs for torch, but not for nvidia-smi.
+    device = f"GPU-{torch.cuda.get_device_properties().uuid}" if torch.cuda.is_available() else "0"
+    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

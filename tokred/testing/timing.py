@@ -19,6 +19,7 @@ from tokred.testing import machine
 from tokred.testing.compare import assert_close
 
 Run = Callable[..., Any]
+Check = Callable[[Any], None]
 _POISON = 0x7F  # as every byte: no float, index or bool that an op returns
 
 
@@ -79,7 +80,9 @@ class CpuTimer:
         """Return how many touched bytes the copies of the inputs must exceed."""
         return 4 * machine.llc_bytes()
 
-    def ready(self, run: Run, copies: Sequence[tuple[Any, ...]], *, captures: bool = True) -> Pass:
+    def ready(
+        self, run: Run, copies: Sequence[tuple[Any, ...]], check: Check | None = None, *, captures: bool = True
+    ) -> Pass:
         """Return a pass over the copies."""
         return Pass(_loop(run, copies), len(copies), "loop")
 
@@ -112,10 +115,10 @@ class CudaTimer:
     """
 
     device = "cuda"
-    most_copied = 8 << 30
 
     def __init__(self, api: Any = torch.cuda) -> None:
         self._api = api
+        self.most_copied = min(8 << 30, api.mem_get_info()[0] // 4)  # bytes of input copies; outputs come on top
         # Warm-up and capture share one side stream: what libraries keep per stream (the workspace of cuBLAS) is made in
         # the warm-up and not inside the capture.
         self._stream = api.Stream()
@@ -144,11 +147,14 @@ class CudaTimer:
             self._api.set_sync_debug_mode("default")
         return ""
 
-    def ready(self, run: Run, copies: Sequence[tuple[Any, ...]], *, captures: bool = True) -> Pass:
+    def ready(
+        self, run: Run, copies: Sequence[tuple[Any, ...]], check: Check | None = None, *, captures: bool = True
+    ) -> Pass:
         """Return a pass over the copies: a graph if the candidate can be captured, else a loop with a note.
 
         The graph keeps the outputs of all copies, so that their writes go past the L2 cache, too. It is replayed once over
-        spoilt outputs and must give what eager calls give: a kernel that missed the capture would not be timed.
+        spoilt outputs: a kernel that missed the capture would not be timed. The first output must then pass ``check``,
+        which raises; without one, the first and the last must be what eager calls give.
         """
         self._warm_up(run, copies)
         why = self._why_not(run, copies[0]) if captures else "the peer says so"
@@ -165,11 +171,18 @@ class CudaTimer:
         if why:
             self._api.synchronize()
             return Pass(_loop(run, copies), len(copies), "events", f"not captured: {why}; timed by events")
-        self._check_replay(run, copies, graph, outputs)
+        self._check_replay(run, copies, graph, outputs, check)
         return Pass(graph.replay, len(copies), "graph", keep=(graph, outputs, list(copies)))
 
-    def _check_replay(self, run: Run, copies: Sequence[tuple[Any, ...]], graph: Any, outputs: Sequence[Any]) -> None:
-        checked = sorted({0, len(copies) - 1})
+    def _check_replay(
+        self,
+        run: Run,
+        copies: Sequence[tuple[Any, ...]],
+        graph: Any,
+        outputs: Sequence[Any],
+        check: Check | None,
+    ) -> None:
+        checked = sorted({0, len(copies) - 1}) if check is None else []
         expected = [[t.clone() for t in tensors(run(*copies[i]))] for i in checked]
         given = storages(list(copies))
         for t in tensors(list(outputs)):
@@ -177,8 +190,10 @@ class CudaTimer:
                 torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).fill_(_POISON)
         graph.replay()
         self._api.synchronize()
+        if check is not None:
+            check(outputs[0])
         for i, wanted in zip(checked, expected):
-            # Float atomics of a peer add in another order each time: eight roundings of the widest kind.
+            # Float atomics add in another order each time: eight roundings of the largest value.
             for a, e in zip(tensors(outputs[i]), wanted):
                 rtol = 8 * torch.finfo(a.dtype).eps if a.is_floating_point() else None
                 scale = float(e.abs().nan_to_num(0, 0, 0).max()) if a.is_floating_point() and a.numel() else 0.0
