@@ -26,7 +26,8 @@ def test_op_is_whole(op):
     folder = ROOT / "csrc" / op.family
     for file in (f"{op.name}.h", f"{op.name}.cpp", f"{op.name}_cpu.cpp", f"{op.name}.cu"):
         assert (folder / file).exists(), f"{op.name}: csrc/{op.family}/{file} is missing"
-    assert (ROOT / "tests" / op.family / f"test_{op.name}.py").exists()
+    tests = ROOT / "tests" / op.family / f"test_{op.name}.py"
+    assert "def test_floor_by_hand(" in tests.read_text(), f"{op.name}: no test derives its floor by hand"
     assert (ROOT / "benchmarks" / op.family / f"bench_{op.name}.py").exists()
     assert getattr(tokred, op.name) is op.function
     for name in (op.name, "reference", "floor", "sample_inputs"):
