@@ -126,15 +126,39 @@ def test_the_page_needs_nothing_but_itself(results, gpu_results):
 def test_the_page_says_in_text_what_bars_show(results, gpu_results):
     text = report.page([results, gpu_results])
     plain = re.sub(r"<[^>]+>", " ", text)
-    for said in ("50% of the floor", "2.00x", "aim 1.6x met", "200 us", "3.0 MiB", "call overhead", "10.0 us", "2.4"):
+    for said in (
+        "50% of the floor",
+        "2.00x",
+        "aim 1.6x missed",
+        "200 us",
+        "3.0 MiB",
+        "call overhead",
+        "10.0 us",
+        "2.4",
+    ):
         assert said in plain, said
     assert "SM clock 1980 MHz" in plain and "graph replay" in plain and "eager" in plain and "600 us" in plain
     assert text.count('class="bar" aria-hidden="true"') == text.count('class="bar"') > 0
 
 
-def test_a_missed_aim_is_said(results):
-    results.rows = [row(reach=3.0)]
-    assert "aim 3x missed" in report.page([results])
+def test_bars_end_at_eight_times_ours():
+    slow = row(seconds={"tokred": 1e-3, "near": 4e-3, "far": 1e-1}, floor=5e-4)
+    widths = re.findall(r'bar( cut)?" aria-hidden="true"><i style="width:([\d.]+)%', report._row_table(slow, True))
+    assert widths == [("", "6.2"), ("", "12.5"), ("", "50.0"), (" cut", "100.0")]
+
+
+def test_why_a_peer_is_missing_is_said_once(results):
+    results.skipped = {"cub": "needs a GPU & nvcc"}
+    results.rows = [row(), row(dtype="float32", skipped={"cub": "one row only"})]
+    text = report.page([results])
+    assert text.count("needs a GPU &amp; nvcc") == 1 and "without cub: one row only" in text
+
+
+def test_an_aim_is_met_under_each_thread_count(results):
+    slow = {"seconds": {"tokred": 1e-4, "numpy": 1.2e-4}, "spread": {}}
+    for rows, word in (([row()], "met"), ([row(), row(threads=2)], "met"), ([row(), row(threads=2, **slow)], "missed")):
+        results.rows = rows
+        assert f"aim 1.6x {word}<" in report.page([results])
 
 
 # A window of Chromium is 500 pixels wide at the least; a frame may be as narrow as a phone.

@@ -343,7 +343,7 @@ def show(row: Row) -> str:
     ours = si(row.seconds["tokred"], "s")
     line = f"{row.op:16} {row.case:44} {row.dtype:9} {row.threads}t {ours:>8} +-{50 * row.spread['tokred']:.0f}%"
     if row.kind == "overhead":
-        return f"{line}  {peers}"
+        return f"{line}  {peers}".rstrip()
     memory = f"  +{row.memory['tokred'] / 2**20:.1f} MiB" if "tokred" in row.memory else ""
     eager = f"  eager {si(row.eager['tokred'], 's')}" if "tokred" in row.eager else ""
-    return f"{line} {rate(row):>11} {100 * row.floor_share:4.0f}% of floor{eager}{memory}  {peers}{aim}"
+    return f"{line} {rate(row):>11} {100 * row.floor_share:4.0f}% of floor{eager}{memory}  {peers}{aim}".rstrip()

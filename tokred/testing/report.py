@@ -133,9 +133,10 @@ th { font-weight: 500; text-align: right; font-size: 12px; vertical-align: botto
 td { padding: 3px 0 3px 8px; text-align: right; vertical-align: top; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere; width: 99%; }
 th { padding-left: 8px; } .plain td, .plain th { padding: 4px 0 4px 10px; border-top: 1px solid var(--line); }
-.plain td:first-child, .plain th:first-child { padding-left: 0; white-space: nowrap; }
+.plain td:first-child, .plain th:first-child { padding-left: 0; white-space: nowrap; width: auto; }
 .bar { display: block; height: 7px; border-radius: 4px; background: var(--track); margin-top: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; border-radius: 4px; background: var(--peer); }
+.bar.cut i { -webkit-mask: linear-gradient(90deg, #000 88%, transparent); mask: linear-gradient(90deg, #000 88%, transparent); }
 .best i { background: var(--best); } .ours i { background: var(--ours); } .floor i { background: var(--floor); }
 .ours td { font-weight: 650; } .floor td { color: var(--soft); } .unlike td { font-style: italic; color: var(--soft); }
 .badge { display: inline-block; border-radius: 9px; padding: 0 8px; font-size: 12px; border: 1px solid var(--line); }
@@ -156,13 +157,17 @@ def _name(text: str) -> str:
     return re.sub(r"([+_])", r"\1<wbr>", _e(text))
 
 
-def _bar(share: float) -> str:
-    return f'<span class="bar" aria-hidden="true"><i style="width:{max(1.0, 100 * share):.1f}%"></i></span>'
+def _bar(seconds: float, longest: float) -> str:
+    """Return a bar; what is longer than the scale fades out at its end."""
+    share = min(1.0, max(0.01, seconds / longest))
+    cut = " cut" if seconds > longest else ""
+    return f'<span class="bar{cut}" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></span>'
 
 
 def _row_table(row: Row, on_cpu: bool) -> str:
     """One measurement: the floor, tokred, and its peers from fast to slow."""
-    longest = max(*row.seconds.values(), row.floor)
+    # One peer that is far behind would shrink all other bars to nothing.
+    longest = min(max(*row.seconds.values(), row.floor), 8 * max(row.seconds["tokred"], row.floor))
     where = _threads(row.threads) if on_cpu else "graph replay"
     caption = f"{where}: {rate(row)}"
     if row.floor:
@@ -173,7 +178,7 @@ def _row_table(row: Row, on_cpu: bool) -> str:
     if row.floor:
         blank = "<td></td>" * (len(head) - 2)
         lines.append(
-            f'<tr class="floor"><td>floor{_bar(row.floor / longest)}</td><td>{si(row.floor, "s")}</td>{blank}</tr>'
+            f'<tr class="floor"><td>floor{_bar(row.floor, longest)}</td><td>{si(row.floor, "s")}</td>{blank}</tr>'
         )
     for name, seconds in sorted(row.seconds.items(), key=lambda item: (item[0] != "tokred", item[1])):
         kind = (
@@ -185,7 +190,7 @@ def _row_table(row: Row, on_cpu: bool) -> str:
         cells.append("" if name == "tokred" else f"{row.speedup[name]:.2f}x")
         cells.append(size(row.memory[name]) if name in row.memory else "")
         inner = "".join(f"<td>{_e(cell)}</td>" for cell in cells)
-        lines.append(f'<tr class="{kind}"><td>{_name(name)}{_bar(seconds / longest)}</td>{inner}</tr>')
+        lines.append(f'<tr class="{kind}"><td>{_name(name)}{_bar(seconds, longest)}</td>{inner}</tr>')
     return "".join(lines) + "</table>"
 
 
@@ -193,17 +198,18 @@ def _aim(rows: Sequence[Row]) -> str:
     first = rows[0]
     if not first.reach or first.best_peer is None:
         return ""
-    met = max(row.speedup[row.best_peer] for row in rows if row.best_peer) >= first.reach
+    met = min(row.speedup[row.best_peer] for row in rows if row.best_peer) >= first.reach  # under each thread count
     word = "met" if met else "missed"
     return f' <span class="badge {word}">aim {first.reach:g}x {word}</span>'
 
 
-def _card(rows: Sequence[Row], on_cpu: bool) -> str:
-    first = rows[0]
+def _card(rows: Sequence[Row], results: Results) -> str:
+    first, on_cpu = rows[0], not results.facts.get("gpu")
     parts = [f'<article class="card"><h4>{_e(first.case)} <span class="soft">{_e(first.dtype)}</span>{_aim(rows)}</h4>']
     parts += [_row_table(row, on_cpu) for row in rows]
     notes = [first.note, *(f"{name}: {why}" for name, why in first.unlike.items())]
-    notes += [f"without {name}: {why}" for name, why in first.skipped.items()]
+    # Why a peer did not run at all is said once, among the facts.
+    notes += [f"without {name}: {why}" for name, why in first.skipped.items() if results.skipped.get(name) != why]
     parts += [f'<p class="note">{_e(note)}</p>' for note in notes if note]
     return "".join(parts) + "</article>"
 
@@ -255,13 +261,13 @@ def _facts(results: Results) -> str:
 
 
 def _run(results: Results, number: int) -> str:
-    prefix, on_cpu = f"run{number}", not results.facts.get("gpu")
+    prefix = f"run{number}"
     where = results.facts.get("gpu") or results.facts["cpu"]
     parts = [f"<h2>{_e(where)}</h2>", f'<div class="card wide">{_facts(results)}</div>']
     parts.append(f'<div class="card wide">{_overview(results.rows, prefix)}</div>')
     for op in dict.fromkeys(row.op for row in results.rows):
         mine = [row for row in results.rows if row.op == op]
-        cards = [_card(rows, on_cpu) for rows in by_case(row for row in mine if row.kind == "time").values()]
+        cards = [_card(rows, results) for rows in by_case(row for row in mine if row.kind == "time").values()]
         late = [row for row in mine if row.kind == "overhead"]
         cards += [_overhead(late)] if late else []
         parts.append(f'<h3 id="{prefix}-{_e(op)}">{_e(op)}</h3><div class="cards">{"".join(cards)}</div>')
@@ -272,9 +278,10 @@ def page(runs: Sequence[Results]) -> str:
     """Return one HTML page of all runs: no script, no font, no picture, no network."""
     intro = (
         "Each box is one problem, solved by tokred and by its peers in the same run on the same inputs; outputs are compared "
-        "with the reference before anything is timed. Bars are times: shorter is better. The floor is the time of a perfect "
-        "kernel, which moves each byte once and computes no flop twice, at the copy bandwidth and matrix rate measured in the "
-        "same run. The ratio is a peer's time over tokred's. Memory is what a call takes beside its inputs, outputs included."
+        "with the reference before anything is timed. Bars are times: shorter is better; one that fades goes on. The floor is "
+        "the time of a perfect kernel, which moves each byte once and computes no flop twice, at the copy bandwidth and matrix "
+        "rate measured in the same run. The ratio is a peer's time over tokred's. Memory is what a call takes beside its "
+        "inputs, outputs included."
     )
     body = "".join(_run(results, number) for number, results in enumerate(runs))
     return (
