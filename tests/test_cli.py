@@ -11,11 +11,24 @@ import pytest
 import torch
 
 from tokred import _cli, _doctor, _registry
+from tokred.__main__ import main
 from tokred.testing import assert_close, report, results
 
 
 def tokred_command(*args):
     return subprocess.run([sys.executable, "-m", "tokred", *args], capture_output=True, text=True)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process: (exit status, output, errors)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tokred", *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def test_doctor_is_healthy_and_names_every_op():
@@ -112,16 +125,15 @@ def test_every_benchmark_runs(tmp_path):
         (("--seconds", "-1"), "expected --seconds above 0, got -1"),
     ],
 )
-def test_bench_names_what_it_does_not_know(arguments, said):
-    done = tokred_command("bench", *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"tokred bench: {said}") and done.stderr.count("\n") == 1
+def test_bench_names_what_it_does_not_know(command, arguments, said):
+    status, out, err = command("bench", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"tokred bench: {said}") and err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_bench_needs_the_device():
-    done = tokred_command("bench", "--device", "cuda")
-    assert (done.returncode, done.stderr) == (2, "tokred bench: torch sees no CUDA device\n")
+def test_bench_needs_the_device(command):
+    assert command("bench", "--device", "cuda") == (2, "", "tokred bench: torch sees no CUDA device\n")
 
 
 def test_bench_needs_a_checkout(tmp_path):
@@ -130,25 +142,32 @@ def test_bench_needs_a_checkout(tmp_path):
         _cli._bench_request(arguments, tmp_path / "benchmarks")
 
 
-def test_report_refuses_other_files(tmp_path):
-    old, lost = tmp_path / "old.json", tmp_path / "lost.json"
+def test_report_refuses_other_files(command, tmp_path):
+    old, lost, page = tmp_path / "old.json", tmp_path / "lost.json", tmp_path / "page.html"
     old.write_text('{"schema": 1, "rows": []}')
-    for path, said in (
-        (old, "expected results of schema 2, got 1; measure again with tokred bench"),
-        (lost, "No such file"),
-    ):
-        for options in ((), ("--readme",), ("--html", str(tmp_path / "page.html"))):
-            done = tokred_command("report", str(path), *options)
-            assert done.returncode == 2 and done.stderr.count("\n") == 1
-            assert done.stderr.startswith("tokred report: ") and said in done.stderr
-            assert not (tmp_path / "page.html").exists()
+    wrong = {old: "expected results of schema 2, got 1; measure again with tokred bench", lost: "No such file"}
+    for path, said in wrong.items():
+        for options in ((), ("--readme",), ("--html", page)):
+            status, out, err = command("report", path, *options)
+            assert (status, out) == (2, "") and not page.exists()
+            assert err.startswith(f"tokred report: {path}: ") and said in err and err.count("\n") == 1
 
 
-def test_report_prints_the_tables():
+def test_report_prints_the_tables(command):
     paths = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
-    done = tokred_command("report", *map(str, paths))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "\n\n".join(report.table(path) for path in paths) + "\n"
+    status, out, err = command("report", *paths)
+    assert (status, err) == (0, "")
+    assert out == "\n\n".join(report.table(path) for path in paths) + "\n"
+
+
+def test_a_failing_case_is_an_exit_status(command, monkeypatch):
+    def failing(files, peers, options):
+        assert set(files) == {"prune_topk"} and peers.wanted == [] and options.seconds == 0.3 and options.core
+        return None, ["prune_topk (1, 2, 3): AssertionError: differs"]
+
+    monkeypatch.setattr("tokred.testing.suite.run", failing)
+    status, _, err = command("bench", "--op", "prune_topk", "--peers", "none", "--core")
+    assert (status, err) == (1, "tokred bench: failed: prune_topk (1, 2, 3): AssertionError: differs\n")
 
 
 def test_comparison_notices():
