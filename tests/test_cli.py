@@ -1,19 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
+import argparse
 import importlib.util
-import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tokred import _doctor, _registry
-from tokred.testing import assert_close, bench
+from tokred import _cli, _doctor, _registry
+from tokred.__main__ import main
+from tokred.testing import assert_close, report, results
 
 
 def tokred_command(*args):
     return subprocess.run([sys.executable, "-m", "tokred", *args], capture_output=True, text=True)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process: (exit status, output, errors)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tokred", *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def test_doctor_is_healthy_and_names_every_op():
@@ -85,26 +100,74 @@ def test_every_benchmark_runs(tmp_path):
     path = tmp_path / "results.json"
     done = tokred_command("bench", "--smoke", "--threads", "1", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(path.read_text())
-    assert {row["op"] for row in content["rows"]} == {op.name for op in _registry.ops()}
-    assert all(row["seconds"]["tokred"] > 0 and row["speedup"] for row in content["rows"])
+    found = results.load(path)
+    names = {op.name for op in _registry.ops()}
+    for kind in ("time", "overhead"):
+        rows = [row for row in found.rows if row.kind == kind]
+        assert {row.op for row in rows} == names
+        assert all(row.seconds["tokred"] > 0 and row.best_peer for row in rows)
+    assert all(row.floor > 0 and row.memory for row in found.rows if row.kind == "time")
+    assert found.peers["numpy"] and any("numpy" in row.seconds for row in found.rows)
+    assert re.search(r"^1/\d+, --:-- left: ", done.stderr, re.M)
+    page = tmp_path / "page.html"
+    assert tokred_command("report", str(path), "--html", str(page)).returncode == 0
+    assert all(name in page.read_text() for name in names)
 
 
-def test_bench_names_what_it_does_not_know():
-    done = tokred_command("bench", "--op", "prune_everything")
-    assert done.returncode == 2 and "no benchmark of prune_everything; there are" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--op", "prune_everything"), "no benchmark of prune_everything; there are attend_selected, "),
+        (("--peers", "numpy,cudnn"), "no peer cudnn; there are aten, compile, cub, "),
+        (("--device", "tpu"), "expected --device cpu or cuda, got tpu"),
+        (("--threads", "1,x"), "expected --threads like 1,2, got 1,x"),
+        (("--threads", "0"), "expected --threads like 1,2, got 0"),
+        (("--seconds", "-1"), "expected --seconds above 0, got -1"),
+    ],
+)
+def test_bench_names_what_it_does_not_know(command, arguments, said):
+    status, out, err = command("bench", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"tokred bench: {said}") and err.count("\n") == 1
 
 
-def test_bench_compares_before_it_times():
-    case = bench.Case(
-        op="wrong",
-        name="by one",
-        dtype="float32",
-        make=lambda i: (torch.arange(4.0),),
-        run={"tokred": lambda x: x + 1, "peer": lambda x: x},
-    )
-    with pytest.raises(AssertionError, match="wrong by one: tokred against peer"):
-        bench.measure(case, "cpu", 1, 1e9, smoke=True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_needs_the_device(command):
+    assert command("bench", "--device", "cuda") == (2, "", "tokred bench: torch sees no CUDA device\n")
+
+
+def test_bench_needs_a_checkout(tmp_path):
+    arguments = argparse.Namespace(op=None, device="cpu")
+    with pytest.raises(ValueError, match="needs a checkout"):
+        _cli._bench_request(arguments, tmp_path / "benchmarks")
+
+
+def test_report_refuses_other_files(command, tmp_path):
+    old, lost, page = tmp_path / "old.json", tmp_path / "lost.json", tmp_path / "page.html"
+    old.write_text('{"schema": 1, "rows": []}')
+    wrong = {old: "expected results of schema 2, got 1; measure again with tokred bench", lost: "No such file"}
+    for path, said in wrong.items():
+        for options in ((), ("--readme",), ("--html", page)):
+            status, out, err = command("report", path, *options)
+            assert (status, out) == (2, "") and not page.exists()
+            assert err.startswith(f"tokred report: {path}: ") and said in err and err.count("\n") == 1
+
+
+def test_report_prints_the_tables(command):
+    paths = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+    status, out, err = command("report", *paths)
+    assert (status, err) == (0, "")
+    assert out == "\n\n".join(report.table(path) for path in paths) + "\n"
+
+
+def test_a_failing_case_is_an_exit_status(command, monkeypatch):
+    def failing(files, peers, options):
+        assert set(files) == {"prune_topk"} and peers.wanted == [] and options.seconds == 0.3 and options.core
+        return None, ["prune_topk (1, 2, 3): AssertionError: differs"]
+
+    monkeypatch.setattr("tokred.testing.suite.run", failing)
+    status, _, err = command("bench", "--op", "prune_topk", "--peers", "none", "--core")
+    assert (status, err) == (1, "tokred bench: failed: prune_topk (1, 2, 3): AssertionError: differs\n")
 
 
 def test_comparison_notices():

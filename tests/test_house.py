@@ -4,13 +4,13 @@
 
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import tokred
 from tokred import _registry
+from tokred.testing import report
 
 ROOT = Path(__file__).parents[1]
 OPS = [pytest.param(op, id=op.name) for op in _registry.ops()]
@@ -29,13 +29,15 @@ def test_op_is_whole(op):
     tests = ROOT / "tests" / op.family / f"test_{op.name}.py"
     assert "def test_offsets_beyond_2_31(" in tests.read_text(), "benchmarks/gpu_check.sh runs these by their name"
     assert (ROOT / "tests" / "cpp" / op.family / f"test_{op.name}.cpp").exists()
+    assert "def test_floor_by_hand(" in tests.read_text(), f"{op.name}: no test derives its floor by hand"
     assert (ROOT / "benchmarks" / op.family / f"bench_{op.name}.py").exists()
     assert getattr(tokred, op.name) is op.function
-    for name in (op.name, "reference", "sample_inputs"):
+    for name in (op.name, "reference", "floor", "sample_inputs"):
         assert callable(getattr(op.module, name, None)), f"{op.name}: its module has no {name}"
     # The same signature; only the buffers of an out= form need no definition.
-    ours, defined = (list(inspect.signature(f).parameters) for f in (op.function, op.module.reference))
-    assert defined in (ours, [name for name in ours if name != "out"])
+    ours = list(inspect.signature(op.function).parameters)
+    for function in (op.module.reference, op.module.floor):
+        assert list(inspect.signature(function).parameters) in (ours, [name for name in ours if name != "out"])
     text = inspect.getdoc(op.function)
     for word in ("Args:", "Returns:", "eterministic", "Example:"):
         assert word in text, f"{op.name}: its docstring lacks {word!r}"
@@ -129,9 +131,11 @@ def test_no_paths_of_a_machine():
 
 
 def test_readme_tables_are_made_from_results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import readme_table
-
     readme = (ROOT / "README.md").read_text()
-    for table in (readme_table.digits_table(), readme_table.cpu_table()):
-        assert table in readme, "run: python benchmarks/readme_table.py, and paste"
+    names = report.tables_in(readme)
+    assert names
+    for name in names:
+        path = ROOT / "benchmarks" / "results" / name
+        assert report.put_table(readme, path) == readme, (
+            f"run: python -m tokred report benchmarks/results/{name} --readme"
+        )

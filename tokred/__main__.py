@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""``python -m tokred doctor | ops | methods | bench``."""
+"""``python -m tokred doctor | ops | methods | bench | report``."""
 
 import argparse
 import sys

@@ -3,11 +3,10 @@
 """The commands of ``python -m tokred``."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -62,51 +61,98 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", default="1,2", help="CPU thread counts, comma-separated (default 1,2)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time per candidate and row (default 1.5)")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument(
+        "--peers", help="only these, comma-separated: aten, compile, or a file of benchmarks/peers/; or none"
+    )
+    parser.add_argument("--core", action="store_true", help="only the core rows: minutes on a GPU")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--aims", action="store_true", help="only the rows that state an aim, as in the README")
+    parser.add_argument("--threads", default="1,2", help="CPU thread counts, comma-separated (default 1,2)")
+    parser.add_argument("--seconds", type=float, help="time per candidate and row (default 1.5, with --core 0.3)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: only that everything runs")
 
 
-def _benchmark_of(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _bench_request(arguments: argparse.Namespace, root: Path) -> Any:
+    """Return (files, peers, options) of a run; ValueError with one line for what is not known."""
+    from tokred.testing.peers import Peers
+    from tokred.testing.suite import Options
+
+    if not root.is_dir():
+        raise ValueError("needs a checkout of the repository, whose benchmarks/ is not part of the wheel")
+    files = {path.stem.removeprefix("bench_"): path for path in sorted(root.glob("*/bench_*.py"))}
+    unknown = [name for name in arguments.op or [] if name not in files]
+    if unknown:
+        raise ValueError(f"no benchmark of {', '.join(unknown)}; there are {', '.join(files)}")
+    if arguments.device not in ("cpu", "cuda"):
+        raise ValueError(f"expected --device cpu or cuda, got {arguments.device}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device")
+    peers = Peers(arguments.device, root / "peers", quick=arguments.smoke)
+    if arguments.peers is not None:
+        peers.wanted = [name for name in arguments.peers.split(",") if name != "none"]
+        unknown = [name for name in peers.wanted if name not in peers.known()]
+        if unknown:
+            raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(peers.known())}, or none")
+    counts = arguments.threads.split(",")
+    if not all(count.isdigit() and int(count) > 0 for count in counts):
+        raise ValueError(f"expected --threads like 1,2, got {arguments.threads}")
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise ValueError(f"expected --seconds above 0, got {arguments.seconds:g}")
+    options = Options(
+        device=arguments.device,
+        threads=tuple(int(count) for count in counts),
+        seconds=arguments.seconds or (0.3 if arguments.core else 1.5),
+        core=arguments.core,
+        smoke=arguments.smoke,
+        json=arguments.json,
+    )
+    return {name: files[name] for name in arguments.op or files}, peers, options
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measure the ops against their peers (needs a checkout)."""
-    from tokred.testing import bench
+    from tokred.testing import suite
 
-    root = Path(tokred.__file__).parents[1] / "benchmarks"
-    if not root.is_dir():
-        print(
-            "tokred bench: needs a checkout of the repository, whose benchmarks/ is not part of the wheel",
-            file=sys.stderr,
-        )
+    try:
+        files, peers, options = _bench_request(arguments, Path(tokred.__file__).parents[1] / "benchmarks")
+    except ValueError as error:
+        print(f"tokred bench: {error}", file=sys.stderr)
         return 2
-    known = {path.stem.removeprefix("bench_"): path for path in sorted(root.glob("*/bench_*.py"))}
-    unknown = [name for name in arguments.op or [] if name not in known]
-    if unknown:
-        print(f"tokred bench: no benchmark of {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+    _, failures = suite.run(files, peers, options)
+    for failure in failures:
+        print(f"tokred bench: failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="results of bench --json")
+    parser.add_argument("--html", type=Path, help="write one self-contained page here")
+    parser.add_argument(
+        "--readme", action="store_true", help="bring the tables in README.md up to date (in a checkout)"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Turn results into the README's tables and a page."""
+    from tokred.testing import report, results
+
+    try:
+        if arguments.html:
+            runs = [results.load(path) for path in arguments.files]
+            arguments.html.write_text(report.page(runs))
+            print(f"wrote {arguments.html}")
+        readme = Path(tokred.__file__).parents[1] / "README.md"
+        if arguments.readme:
+            text = readme.read_text()
+            for path in arguments.files:
+                text = report.put_table(text, path)
+            readme.write_text(text)
+            print(f"wrote {readme}")
+        if not arguments.html and not arguments.readme:
+            print("\n\n".join(report.table(path) for path in arguments.files))
+    except (results.WrongFile, OSError) as error:
+        print(f"tokred report: {error}", file=sys.stderr)
         return 2
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("tokred bench: torch sees no CUDA device", file=sys.stderr)
-        return 2
-    chosen = [known[name] for name in arguments.op or known]
-    rows = []
-    for path in chosen:
-        cases = list(_benchmark_of(path).cases(arguments.device, arguments.smoke))
-        if arguments.aims:
-            cases = [case for case in cases if case.reach]
-        threads = [int(t) for t in arguments.threads.split(",")]
-        rows += bench.run(cases, arguments.device, threads, smoke=arguments.smoke, seconds=arguments.seconds)
-        if arguments.json:  # after each op: a run that is cut short keeps what it has measured
-            bench.save(rows, arguments.json, arguments.device)
     return 0
 
 
@@ -116,4 +162,5 @@ COMMANDS: dict[str, _Command] = {
     "ops": (_ops_arguments, (_ops.__doc__ or ""), _ops),
     "methods": (_methods_arguments, (_methods.__doc__ or ""), _methods),
     "bench": (_bench_arguments, (_bench.__doc__ or ""), _bench),
+    "report": (_report_arguments, (_report.__doc__ or ""), _report),
 }

@@ -11,6 +11,10 @@ from torch import Tensor
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a public function, as (args, kwargs); each op's ``sample_inputs`` returns a list of them."""
 
+Floor = tuple[int, int]
+"""What a perfect kernel does in a call: bytes it moves, and flops of its matrix products. Each op's module has a ``floor``
+with the arguments of the public function; it looks at shapes and dtypes alone."""
+
 _library = torch.library.Library("tokred", "IMPL")
 
 forward_only: set[str] = set()

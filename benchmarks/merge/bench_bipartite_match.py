@@ -3,15 +3,18 @@
 """bipartite_match against ToMe's formulas in torch, and against the bare matrix product that both contain."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import tokred
-from tokred.testing.bench import Case
+from tokred.testing.bench import Case, dtype_word, generator
+
+Maps = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def formulas(metric: Tensor, r: int) -> Tensor:
+def formulas(metric: Tensor, r: int) -> Maps:
     """ToMe's matching in eager torch, up to the same map: normalise, product, max, argsort, gather, scatter."""
     metric = metric / metric.norm(dim=-1, keepdim=True)
     best, match = (metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)).max(dim=-1)
@@ -23,48 +26,67 @@ def formulas(metric: Tensor, r: int) -> Tensor:
     dst_idx[:, 1::2] = rows[num_src - r :]
     dst_idx.scatter_(1, 2 * unmerged, rows[: num_src - r].expand_as(unmerged))
     dst_idx.scatter_(1, 2 * merged_src, num_src - r + match.gather(-1, merged_src))
-    return dst_idx
+    return dst_idx, None, None
 
 
 def product(metric: Tensor, r: int) -> Tensor:
-    """No matching at all: the similarities of vectors that are not normalised."""
     return metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
 
 
-def ours(metric: Tensor, r: int) -> Tensor:
-    return tokred.bipartite_match(metric, r, order="grouped")
+def options(metric: Tensor, r: int) -> tuple[tuple[Tensor, int], dict[str, object]]:
+    return (metric, r), {"order": "grouped", "return_score": True}
+
+
+def ours(metric: Tensor, r: int) -> Maps:
+    return tokred.bipartite_match(metric, r, order="grouped", return_score=True)
+
+
+def merged_similarity(out: Maps, metric: Tensor, r: int) -> Tensor:
+    """The similarities of the merged pairs, sorted: pairs that differ by less than rounding may be chosen otherwise."""
+    dst_idx = out[0]
+    batch_size, num_tokens = dst_idx.shape
+    odd = torch.arange(1, num_tokens, 2, device=dst_idx.device).expand(batch_size, -1)
+    odd_of_row = torch.full((batch_size, num_tokens - r), -1, device=dst_idx.device).scatter_(1, dst_idx[:, 1::2], odd)
+    partner = odd_of_row.gather(1, dst_idx[:, ::2])
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    other = unit.gather(1, partner.clamp(min=0)[..., None].expand(-1, -1, metric.shape[2]))
+    similarity = (unit[:, ::2] * other).sum(-1).masked_fill(partner < 0, -torch.inf)
+    return similarity.sort(1, descending=True).values
+
+
+def make_inputs(i: int, device: str, dtype: torch.dtype, shape: tuple[int, int, int], r: int) -> tuple[Tensor, int]:
+    return torch.randn(*shape, generator=generator(device, i), device=device).to(dtype), r
 
 
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
-    """Yield the rows of this benchmark."""
-    sizes = [(32, 197, 64, 16, 2.0), (2, 4096, 320, 2048, None), (1, 577, 64, 16, None), (8, 577, 1024, 16, None)]
+    """Yield the rows of this benchmark: shape of the metric, r, reach."""
+    # ViT-B at 224 (head mean); Stable Diffusion at 512; ViT-L at 336: head mean, whole width
+    sizes = [
+        ((32, 197, 64), 16, 2.0),
+        ((2, 4096, 320), 2048, None),
+        ((1, 577, 64), 16, None),
+        ((8, 577, 1024), 16, None),
+    ]
     if device == "cuda":
-        sizes = [
-            (32, 197, 64, 16, None),
-            (32, 577, 64, 16, None),
-            (32, 577, 1024, 16, None),
-            (2, 4096, 640, 2048, None),
-        ]
+        sizes = [((32, 197, 64), 16, None), ((32, 577, 64), 16, None), ((32, 577, 1024), 16, None)]
+        sizes += [((2, 4096, 640), 2048, None)]
     if smoke:
-        sizes = [(2, 197, 64, 16, None)]
+        sizes = [((1, 40, 32), 8, None)]
     for dtype in (torch.float32, torch.bfloat16):
-        for batch_size, num_tokens, dim, r, reach in sizes:
-
-            def make(i: int, shape=(batch_size, num_tokens, dim), r=r, dtype=dtype) -> tuple[Tensor, int]:
-                generator = torch.Generator().manual_seed(i)
-                return torch.randn(*shape, generator=generator).to(device, dtype), r
-
-            num_src, num_dst = (num_tokens + 1) // 2, num_tokens // 2
+        for shape, r, reach in sizes:
             yield Case(
                 op="bipartite_match",
-                name=f"({batch_size}, {num_tokens}, {dim}) merge {r}",
-                dtype=str(dtype).removeprefix("torch."),
-                make=make,
+                name=f"({', '.join(map(str, shape))}) merge {r}",
+                dtype=dtype_word(dtype),
+                make=partial(make_inputs, device=device, dtype=dtype, shape=shape, r=r),
                 run={"tokred": ours, "ToMe's formulas": formulas, "matrix product alone": product},
-                bytes=batch_size * num_tokens * (dim * dtype.itemsize + 20),
-                flops=2 * batch_size * num_src * num_dst * dim,
-                compare=None,
+                call=options,
+                peers=("tomesd",),
+                compiled=("ToMe's formulas",) if shape[1] == 197 else (),
+                compare=merged_similarity,
+                # bfloat16: the formulas and tomesd round unit vectors and similarities, and so pick slightly worse pairs.
+                tolerance=(1e-5, 1e-5) if dtype == torch.float32 else (3e-2, 1e-2),
+                unlike={"matrix product alone": "no matching at all: similarities of vectors that are not normalised"},
                 reach=reach,
-                note="outputs are not compared: the product alone returns something else; the formulas round unit vectors and "
-                "similarities to bfloat16, so that they pick other pairs there",
+                core=device == "cuda" and dtype == torch.bfloat16,
             )

@@ -3,12 +3,13 @@
 """segment_expand against ATen: gather with an expanded index, and index_select on flattened rows."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import tokred
-from tokred.testing.bench import Case
+from tokred.testing.bench import Case, dtype_word, generator
 
 
 def gather(y: Tensor, dst_idx: Tensor) -> Tensor:
@@ -20,23 +21,26 @@ def index_select(y: Tensor, dst_idx: Tensor) -> Tensor:
     return y.flatten(0, 1).index_select(0, (dst_idx + first).flatten()).unflatten(0, dst_idx.shape)
 
 
+def make_inputs(i: int, device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    batch_size, num_tokens, num_out, dim = shape
+    random = generator(device, i)
+    y = torch.randn(batch_size, num_out, dim, generator=random, device=device).to(dtype)
+    return y, torch.randint(0, num_out, (batch_size, num_tokens), generator=random, device=device)
+
+
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
-    """Yield the rows of this benchmark."""
+    """Yield the rows of this benchmark: batch_size, num_tokens, num_out, dim."""
+    # Stable Diffusion with ToMeSD; ViT-L at 336; a long sequence
     shapes = [(2, 4096, 2048, 640), (32, 577, 289, 1024), (1, 65536, 32768, 1024)]
     for dtype in (torch.float32, torch.bfloat16):
-        for batch_size, num_tokens, num_out, dim in [(2, 40, 7, 16)] if smoke else shapes:
-
-            def make(i: int, shape=(batch_size, num_tokens, num_out, dim), dtype=dtype) -> tuple[Tensor, Tensor]:
-                generator = torch.Generator().manual_seed(i)
-                y = torch.randn(shape[0], shape[2], shape[3], generator=generator).to(device, dtype)
-                return y, torch.randint(0, shape[2], shape[:2], generator=generator).to(device)
-
+        for shape in [(2, 40, 7, 16)] if smoke else shapes:
+            batch_size, num_tokens, num_out, dim = shape
             yield Case(
                 op="segment_expand",
                 name=f"{batch_size} x {num_out} -> {num_tokens} x {dim}",
-                dtype=str(dtype).removeprefix("torch."),
-                make=make,
+                dtype=dtype_word(dtype),
+                make=partial(make_inputs, device=device, dtype=dtype, shape=shape),
                 run={"tokred": tokred.segment_expand, "gather": gather, "index_select": index_select},
-                bytes=batch_size * (num_tokens + num_out) * dim * dtype.itemsize,
                 tolerance=(0, 0),
+                core=device == "cuda" and dtype == torch.bfloat16,
             )

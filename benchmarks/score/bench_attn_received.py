@@ -3,66 +3,136 @@
 """attn_received against softmax(q k^T) summed over the queries, which makes the whole matrix."""
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import tokred
-from tokred.testing.bench import Case
+from tokred import _registry
+from tokred.testing.bench import Case, dtype_word, generator
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def eager(q: Tensor, k: Tensor) -> Tensor:
-    """All queries see all keys; K is repeated over the group, as attention in eager mode does."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32).sum(-2)
+class Size(NamedTuple):
+    """One problem."""
+
+    batch_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
 
 
-def ours(q: Tensor, k: Tensor) -> Tensor:
-    return tokred.attn_received(q, k)[0]
+def make_inputs(i: int, device: str, dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor]:
+    options = {"generator": generator(device, i), "device": device}
+    q = torch.randn(size.batch_size, size.num_q_heads, size.q_len, size.head_dim, **options)
+    k = torch.randn(size.batch_size, size.num_kv_heads, size.kv_len, size.head_dim, **options)
+    return q.to(dtype), k.to(dtype)
+
+
+def make_with_lse(i: int, device: str, dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = make_inputs(i, device, dtype, size)
+    return q, k, tokred.attn_received(q, k)[1]
+
+
+def logits(q: Tensor, k: Tensor) -> Tensor:
+    """K is repeated over the group, as attention in eager mode does."""
+    return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+
+
+def eager(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    return logits(q, k).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
+def eager_causal(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
+    return logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
+def eager_with_lse(q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, None]:
+    return (logits(q, k).float() - lse[..., None]).exp().sum(-2), None
+
+
+def with_lse(q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return tokred.attn_received(q, k, lse=lse)
+
+
+def call_with_lse(q: Tensor, k: Tensor, lse: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, k), {"lse": lse}
+
+
+def causal(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return tokred.attn_received(q, k, causal=True)
+
+
+def call_causal(q: Tensor, k: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, k), {"causal": True}
+
+
+def by_head(q: Tensor, k: Tensor, *lse: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """The reference head by head: it makes the whole matrix."""
+    define, group = _registry.op("attn_received").module.reference, q.shape[1] // k.shape[1]
+    heads = []
+    for h in range(q.shape[1]):
+        given = {"lse": lse[0][:, h : h + 1]} if lse else {}
+        heads.append(define(q[:, h : h + 1], k[:, h // group : h // group + 1], **given, **options)[0])
+    return torch.cat(heads, 1), None
+
+
+def received(out: tuple[Tensor, Tensor | None], *inputs: object) -> Tensor:
+    return out[0]
 
 
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     """Yield the rows of this benchmark."""
-    f32, bf16 = torch.float32, torch.bfloat16
-    # batch_size, num_q_heads, num_kv_heads, q_len, kv_len, head_dim
-    sizes = [
-        (f32, (1, 16, 16, 577, 577, 64), 1.2),
-        (f32, (1, 32, 32, 2880, 2880, 128), 2.0),
-        (bf16, (1, 32, 8, 64, 16384, 128), 2.0),
-        (bf16, (1, 16, 16, 577, 577, 64), None),
+    cuda = device == "cuda"
+    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP
+    sizes: list[tuple[str, torch.dtype, Size, float | None]] = [
+        ("", F32, Size(1, 16, 16, 577, 577, 64), 1.2),
+        ("", F32, Size(1, 32, 32, 2880, 2880, 128), 2.0),
+        ("", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
+        ("", BF16, Size(1, 16, 16, 577, 577, 64), None),
+        ("", BF16, Size(1, 16, 16, 729, 729, 72), None),
+        ("", BF16, Size(8, 16, 16, 1, 577, 64), None),
+        ("lse", F32, Size(1, 16, 16, 577, 577, 64), None),
     ]
-    if device == "cuda":
+    if cuda:
         sizes = [
-            (bf16, (32, 16, 16, 577, 577, 64), None),
-            (bf16, (1, 32, 8, 64, 16384, 128), None),
-            (bf16, (1, 32, 8, 64, 131072, 128), None),
-            (bf16, (1, 32, 32, 2880, 2880, 128), None),
-            (f32, (1, 16, 16, 577, 577, 64), None),
+            ("", BF16, Size(32, 16, 16, 577, 577, 64), None),
+            ("lse", BF16, Size(32, 16, 16, 577, 577, 64), None),
+            ("", BF16, Size(32, 16, 16, 1, 577, 64), None),
+            ("", BF16, Size(1, 32, 8, 64, 16384, 128), None),
+            ("", BF16, Size(1, 32, 8, 64, 131072, 128), None),
+            ("causal", BF16, Size(1, 32, 32, 8192, 8192, 128), None),
+            ("", F32, Size(1, 16, 16, 577, 577, 64), None),
         ]
     if smoke:
-        sizes = [(f32, (1, 2, 1, 20, 40, 16), None), (bf16, (1, 2, 1, 20, 40, 16), None)]
-    for dtype, (batch_size, q_heads, kv_heads, q_len, kv_len, head_dim), reach in sizes:
-
-        def make(
-            i: int,
-            q_shape=(batch_size, q_heads, q_len, head_dim),
-            k_shape=(batch_size, kv_heads, kv_len, head_dim),
-            dtype=dtype,
-        ) -> tuple[Tensor, Tensor]:
-            generator = torch.Generator().manual_seed(i)
-            return tuple(torch.randn(*s, generator=generator).to(device, dtype) for s in (q_shape, k_shape))
-
-        moved = 2 * (q_heads * q_len + kv_heads * kv_len) * head_dim * dtype.itemsize
+        tiny = Size(1, 2, 1, 20, 40, 16)
+        sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
+    forms: dict[str, dict[str, Any]] = {
+        "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
+        "lse": {"run": {"tokred": with_lse, "eager exp": eager_with_lse}, "call": call_with_lse},
+        "causal": {
+            "run": {"tokred": causal, "eager softmax": eager_causal},
+            "call": call_causal,
+            "reference": partial(by_head, causal=True),
+        },
+    }
+    for kind, dtype, size, reach in sizes:
+        b, hq, hkv, q_len, kv_len, head_dim = size
         yield Case(
             op="attn_received",
-            name=f"B{batch_size} H{q_heads}/{kv_heads} q{q_len} k{kv_len} d{head_dim}",
-            dtype=str(dtype).removeprefix("torch."),
-            make=make,
-            run={"tokred": ours, "eager softmax": eager},
-            bytes=batch_size * (moved + 4 * q_heads * (kv_len + q_len)),
-            flops=4.0 * batch_size * q_heads * q_len * kv_len * head_dim,
+            name=f"B{b} H{hq}/{hkv} q{q_len} k{kv_len} d{head_dim}{' ' * bool(kind)}{kind}",
+            dtype=dtype_word(dtype),
+            make=partial(make_with_lse if kind == "lse" else make_inputs, device=device, dtype=dtype, size=size),
+            **{"reference": by_head, "compare": received, **forms[kind]},
+            compiled=("eager softmax",) if not kind and q_len == 577 else (),
             # Eager rounds bfloat16 logits to 8 bits before the softmax; the sums average that out.
-            tolerance=(1e-4, 1e-5) if dtype == f32 else (5e-2, 5e-3),
+            tolerance=(1e-4, 1e-5) if dtype == F32 else (5e-2, 5e-3),
             reach=reach,
-            note="flops count two passes, as CUDA computes them; one where the CPU keeps the logits",
+            core=cuda,
         )

@@ -12,12 +12,31 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.attend.attend_selected").reference
+floor = importlib.import_module("tokred.attend.attend_selected").floor
 attend = tokred.attend_selected
 
 # Of out: float32 sums of up to 1200 products, in another order and with exp to 2 ulp. float16 and bfloat16: the weights
 # are rounded to the dtype before they multiply v (2^-11, 2^-8 each, averaged over the list), and the result once more.
 TOLERANCE = {torch.float32: (2e-5, 5e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
 LSE = {"rtol": 2e-6, "atol": 4e-6}  # float32 throughout, whatever the dtype
+
+
+def test_floor_by_hand():
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")  # floors look at shapes and dtypes alone
+
+    kv, kept_idx = meta(1, 8, 32768, 128), meta(1, 8, 2048, dtype=torch.int64)
+    # Listed rows of K and V, 256 bytes each, and the lists; q, out and lse.
+    moved = 8 * 2048 * (512 + 8) + 32 * (256 + 256 + 4)
+    assert floor(meta(1, 32, 1, 128), kv, kv, kept_idx) == (moved, 2 * 32 * 2048 * 256)
+    # One list for all, which each of two kv heads reads, with log sizes; 16 bytes a row.
+    q, kv, shared, bias = meta(1, 4, 1, 8), meta(1, 2, 50, 8), meta(1, 1, 10, dtype=torch.int64), meta(1, 1, 50)
+    moved = 2 * 10 * 32 + 10 * 8 + 10 * 4 + 4 * (16 + 16 + 4)
+    assert floor(q, kv, kv, shared, key_bias=bias) == (moved, 2 * 4 * 10 * 16)
+    # Pages: [num_pages, page_size, num_kv_heads, head_dim]; the table is read.
+    pages, page_table = meta(9, 16, 2, 8), meta(1, 4, dtype=torch.int32)
+    moved = 2 * 10 * 32 + 10 * 8 + 16 + 4 * (16 + 16 + 4)
+    assert floor(q, pages, pages, shared, page_table=page_table) == (moved, 2 * 4 * 10 * 16)
 
 
 def check(q, k, v, kept_idx, **options):

@@ -11,6 +11,18 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.compact.gather_tokens").reference
+floor = importlib.import_module("tokred.compact.gather_tokens").floor
+
+
+def test_floor_by_hand():
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")  # floors look at shapes and dtypes alone
+
+    hidden, positions, kept_idx = meta(1, 2880, 4096), meta(1, 2880, dtype=torch.int64), meta(1, 320, dtype=torch.int64)
+    assert floor([hidden, positions], kept_idx) == (320 * 8 + 2 * 320 * (8192 + 8), 0)  # list; rows in and out
+    kv, per_head = [meta(1, 8, 32768, 128)] * 2, meta(1, 8, 4096, dtype=torch.int64)
+    assert floor(kv, per_head) == (8 * 4096 * 8 + 2 * 2 * 8 * 4096 * 256, 0)
+    assert floor([hidden, kv[0]], kept_idx, dims=[1, 2]) == (320 * 8 + 2 * 320 * (8192 + 8 * 256), 0)
 
 
 def check(tensors, kept_idx, **options):

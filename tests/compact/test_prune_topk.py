@@ -11,6 +11,18 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.compact.prune_topk").reference
+floor = importlib.import_module("tokred.compact.prune_topk").floor
+
+
+def test_floor_by_hand():
+    meta, bf16 = {"device": "meta"}, torch.bfloat16  # floors look at shapes and dtypes alone
+    x, score = torch.empty(8, 576, 1024, dtype=bf16, **meta), torch.empty(8, 576, **meta)
+    assert floor(x, score, 192) == (8 * 576 * 4 + 2 * 8 * 192 * 2048 + 8 * 192 * 8, 0)  # scores, rows in and out, list
+    # Packed, 3 rows of at most 4: at most all 10 tokens of 16 + 8 bytes; bounds 4 * 4; lists and counts.
+    x, score, others = torch.empty(10, 8, dtype=bf16, **meta), torch.empty(10, **meta), [torch.empty(10, **meta).long()]
+    cu_seqlens = torch.empty(4, dtype=torch.int32, **meta)
+    moved = 40 + 16 + 2 * 10 * 24 + 3 * 4 * 8 + 3 * 4
+    assert floor(x, score, 4, cu_seqlens=cu_seqlens, others=others) == (moved, 0)
 
 
 def check(x, score, k, **options):

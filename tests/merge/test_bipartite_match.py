@@ -11,8 +11,18 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.merge.bipartite_match").reference
+floor = importlib.import_module("tokred.merge.bipartite_match").floor
 
 ORDERS = ["index", "grouped", "score"]
+
+
+def test_floor_by_hand():
+    metric = torch.empty(32, 197, 64, dtype=torch.bfloat16, device="meta")  # floors look at shapes and dtypes alone
+    moved = 32 * 197 * (128 + 20)  # the metric, and three outputs of 8, 8 and 4 bytes
+    assert floor(metric, 16) == (moved, 2 * 32 * 99 * 98 * 64)
+    assert floor(metric, 16, num_protected=1) == (moved, 2 * 32 * 98 * 98 * 64)  # the class token is a source
+    protect = torch.empty(32, 197, dtype=torch.bool, device="meta")
+    assert floor(metric, 16, num_protected=2, protect=protect) == (moved + 32 * 197, 2 * 32 * 98 * 97 * 64)
 
 
 def similarities(metric, normalize=True):

@@ -11,6 +11,17 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.merge.segment_expand").reference
+floor = importlib.import_module("tokred.merge.segment_expand").floor
+
+
+def test_floor_by_hand():
+    y = torch.empty(2, 2048, 640, dtype=torch.bfloat16, device="meta")  # floors look at shapes and dtypes alone
+    dst_idx = torch.empty(2, 4096, dtype=torch.int64, device="meta")
+    assert floor(y, dst_idx) == (2 * 4096 * 8 + 2 * 2048 * 1280 + 2 * 4096 * 1280, 0)  # map, rows in, rows out
+    assert floor(y, dst_idx[:, :10]) == (
+        2 * 10 * 8 + 2 * 10 * 1280 + 2 * 10 * 1280,
+        0,
+    )  # ten rows are asked for at most
 
 
 def check(y, dst_idx):

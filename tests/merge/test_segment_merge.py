@@ -11,6 +11,15 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.merge.segment_merge").reference
+floor = importlib.import_module("tokred.merge.segment_merge").floor
+
+
+def test_floor_by_hand():
+    x = torch.empty(32, 197, 768, dtype=torch.bfloat16, device="meta")  # floors look at shapes and dtypes alone
+    dst_idx, size = torch.empty(32, 197, dtype=torch.int64, device="meta"), torch.empty(32, 197, device="meta")
+    written = 32 * 181 * (1536 + 4)  # rows and their float32 sizes
+    assert floor(x, dst_idx, 181) == (32 * 197 * (1536 + 8) + written, 0)
+    assert floor(x, dst_idx, 181, size=size, weight=size) == (32 * 197 * (1536 + 8 + 4 + 4) + written, 0)
 
 
 def random_map(batch_size, num_tokens, num_out, device):

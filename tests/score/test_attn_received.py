@@ -15,7 +15,24 @@ import tokred
 from tokred.testing import assert_close
 
 reference = importlib.import_module("tokred.score.attn_received").reference
+floor = importlib.import_module("tokred.score.attn_received").floor
 INF, NAN = float("inf"), float("nan")
+
+
+def test_floor_by_hand():
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")  # floors look at shapes, dtypes and the kind of device
+
+    q, k = meta(1, 32, 64, 128), meta(1, 8, 16384, 128)  # two passes over q and k; sums per key and lse per query
+    moved = 2 * 256 * (32 * 64 + 8 * 16384) + 4 * 32 * (16384 + 64)
+    assert floor(q, k) == (moved, 2 * 2 * 32 * 64 * 16384 * 128)
+    q, k, lse = meta(1, 2, 3, 8), meta(1, 1, 3, 8), meta(1, 2, 3, dtype=torch.float32)
+    # lse given: one pass, and it is read; causal: 1 + 2 + 3 of 9 pairs
+    assert floor(q, k, lse=lse, causal=True) == (16 * (6 + 3) + 24 + 4 * 2 * (3 + 3), 2 * 2 * 6 * 8)
+    assert floor(q, k, causal=True, q_start=-1)[1] == 2 * 2 * 2 * (0 + 1 + 2) * 8
+    # The CPU keeps a block's logits: one pass.
+    q, k = torch.empty(1, 1, 2, 4), torch.empty(1, 1, 3, 4)
+    assert floor(q, k) == (4 * (8 + 12) + 4 * (3 + 2), 2 * 2 * 3 * 4)
 
 
 def make(device, dtype, batch_size, heads, q_len, kv_len, head_dim, gain=2.0):

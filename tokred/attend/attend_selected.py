@@ -212,6 +212,31 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
 torch.library.register_vmap("tokred::attend_selected", _vmap)
 
 
+def floor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept_idx: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> _op.Floor:
+    """Listed rows of K and V read once per list and kv head, with their biases; lists and q read, out and lse written."""
+    batch_size, num_q_heads, q_len, head_dim = q.shape
+    num_kv_heads, (list_heads, num_listed) = k.shape[1 if page_table is None else 2], kept_idx.shape[1:]
+    dims = head_dim + v.shape[3]
+    rows = batch_size * max(list_heads, num_kv_heads) * num_listed
+    bias = 0 if key_bias is None else 4 * batch_size * max(list_heads, key_bias.shape[1]) * num_listed
+    pages = sum(t.nbytes for t in (page_table, kv_lens) if t is not None)
+    moved = rows * dims * k.itemsize + bias + pages + kept_idx.nbytes
+    written = batch_size * num_q_heads * q_len * (v.shape[3] * q.itemsize + 4)
+    return q.nbytes + moved + written, 2 * batch_size * num_q_heads * q_len * num_listed * dims
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

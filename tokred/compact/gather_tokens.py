@@ -135,6 +135,21 @@ torch.library.register_autograd("tokred::gather_tokens", _backward, setup_contex
 _op.fold_vmap("gather_tokens")
 
 
+def floor(
+    tensors: Sequence[Tensor],
+    kept_idx: Tensor,
+    *,
+    dims: int | Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> _op.Floor:
+    """Listed rows read and written, the list read once; repeats count each time, -1 as a row."""
+    if dims is None:
+        dims = kept_idx.dim() - 1
+    dims = [dims] * len(tensors) if isinstance(dims, int) else list(dims)
+    moved = sum(t.nbytes // max(t.shape[dim], 1) * kept_idx.shape[-1] for t, dim in zip(tensors, dims))
+    return kept_idx.nbytes + 2 * moved, 0
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

@@ -191,6 +191,28 @@ torch.library.register_autograd("tokred::prune_topk.packed", _backward_packed, s
 _op.fold_vmap("prune_topk")
 
 
+def floor(
+    x: Tensor,
+    score: Tensor,
+    k: int,
+    *,
+    keep_mask: Tensor | None = None,
+    drop_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    others: Sequence[Tensor] | None = None,
+    return_num_kept: bool = False,
+) -> _op.Floor:
+    """Scores and masks read once, kept rows read and written, the list written. Packed: as if each row kept ``k``."""
+    packed = cu_seqlens is not None
+    batch_size = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else score.shape[0]
+    tokens = score.numel()
+    row_bytes = sum(t.nbytes for t in (x, *(others or ()))) // max(tokens, 1)
+    read = sum(t.nbytes for t in (score, keep_mask, drop_mask, cu_seqlens) if t is not None)
+    written = 8 * batch_size * k + 4 * batch_size * (packed or return_num_kept)
+    return read + 2 * min(batch_size * k, tokens) * row_bytes + written, 0
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

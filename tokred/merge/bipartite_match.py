@@ -168,6 +168,25 @@ _op.no_gradient("bipartite_match", "merge by its dst_idx with segment_merge, whi
 _op.fold_vmap("bipartite_match")
 
 
+def floor(
+    metric: Tensor,
+    r: int,
+    *,
+    num_protected: int = 0,
+    protect: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    order: str = "index",
+    return_score: bool = False,
+) -> _op.Floor:
+    """The metric read once, the three outputs (20 bytes a token) written; the product of all sources and destinations."""
+    batch_size, num_tokens, dim = metric.shape
+    num_src = (num_tokens + 1) // 2 - (num_protected + 1) // 2
+    num_dst = num_tokens // 2 - num_protected // 2
+    read = metric.nbytes + (0 if protect is None else protect.nbytes)
+    return read + 20 * batch_size * num_tokens, 2 * batch_size * num_src * num_dst * dim
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

@@ -64,6 +64,13 @@ torch.library.register_autograd("tokred::segment_expand", _backward, setup_conte
 _op.fold_vmap("segment_expand")
 
 
+def floor(y: Tensor, dst_idx: Tensor) -> _op.Floor:
+    """Each row of ``y`` that can be asked for read once, each output row written, the map read."""
+    batch_size, num_out, dim = y.shape
+    rows = dst_idx.numel() + batch_size * min(num_out, dst_idx.shape[1])
+    return dst_idx.nbytes + rows * dim * y.itemsize, 0
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     y = _op.seeded(device)(2, 6, 24, dtype=dtype)

@@ -179,6 +179,21 @@ torch.library.register_autograd("tokred::segment_merge", _backward, setup_contex
 _op.fold_vmap("segment_merge")
 
 
+def floor(
+    x: Tensor,
+    dst_idx: Tensor,
+    num_out: int,
+    *,
+    weight: Tensor | None = None,
+    size: Tensor | None = None,
+    mode: str = "mean",
+) -> _op.Floor:
+    """Tokens, map, weights and sizes read once; output rows and their float32 sizes written."""
+    batch_size, _, dim = x.shape
+    read = sum(t.nbytes for t in (x, dst_idx, weight, size) if t is not None)
+    return read + batch_size * num_out * (dim * x.itemsize + 4), 0
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

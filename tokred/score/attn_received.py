@@ -124,6 +124,33 @@ _op.autocast("attn_received", 2)
 _op.fold_vmap("attn_received")
 
 
+def floor(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    q_start: int | None = None,
+    lse: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    reduce: str = "sum",
+    scale: float | None = None,
+) -> _op.Floor:
+    """Q and K read and multiplied once per pass. One pass when ``lse`` is given, or on the CPU, which keeps a block's logits.
+
+    At a head_dim of 64 or less a GPU is bound by exponentials before it is by this product.
+    """
+    batch_size, num_q_heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    passes = 1 if lse is not None or q.device.type == "cpu" else 2
+    pairs = q_len * kv_len
+    if causal:
+        start = kv_len - q_len if q_start is None else q_start
+        pairs = sum(min(max(start + i + 1, 0), kv_len) for i in range(q_len))
+    read = passes * (q.nbytes + k.nbytes) + sum(t.nbytes for t in (lse, q_weight) if t is not None)
+    written = 4 * batch_size * num_q_heads * (kv_len + q_len)
+    return read + written, 2 * passes * batch_size * num_q_heads * pairs * head_dim
+
+
 def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sample]:
     """Return small calls for doctor, opcheck and smoke tests."""
     randn = _op.seeded(device)

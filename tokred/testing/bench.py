@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""Timing that is honest: side by side in one run, inputs rotated past the cache, medians, outputs compared first.
+"""The benchmark of an op: cases with their peers, compared with the reference first, then timed side by side.
 
-CPU: the candidates take turns (A B B A ...), each turn a pass over all copies of the inputs; one and two threads.
-CUDA: each candidate's pass over the copies is captured in a graph and replayed, timed by events.
+``timing`` says how a call is timed, ``machine`` what is measured of the device, ``peers`` what a peer is, ``results`` how
+rows are kept and ``report`` how they are shown. docs/benchmarks.md explains the numbers.
 """
 
-import itertools
-import json
-import math
-import platform
+import contextlib
 import statistics
-import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import tokred
+from tokred import _registry
 from tokred.testing.compare import assert_close
+from tokred.testing.machine import Ceilings, num_threads
+from tokred.testing.peers import NotApplicable, Peer, Peers
+from tokred.testing.timing import CpuTimer, CudaTimer, Timer, interleave, rotate, spread, storages, wall
 
-SCHEMA = 1  # of the results file
 
-
-def _whole(out: Any) -> Any:
+def _whole(out: Any, *inputs: Any) -> Any:
     return out
+
+
+def _as_given(*inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return inputs, {}
 
 
 @dataclass
@@ -39,15 +39,18 @@ class Case:
         op: The op's name.
         name: Sizes as people say them.
         dtype: Of the main input, as a word.
-        make: Makes one copy of the inputs; called with the copy's number.
-        run: Candidates by name, "tokred" first; each is called with one copy's inputs.
-        bytes: What a perfect kernel moves.
-        flops: What a perfect kernel computes.
-        compare: Reduces an output to what must agree between candidates, or None for no comparison at all with a reason
-            in ``note``.
-        tolerance: rtol and atol of that comparison.
+        make: Makes one copy of the inputs; called with the copy's number, the same each time. Copies may share storage.
+        run: tokred and the compositions by name, "tokred" first; each is called with one copy's inputs.
+        call: Maps a copy's inputs to the arguments of the public op, for its ``floor`` and ``reference``.
+        peers: Plug-ins that can do this (``benchmarks/peers/NAME.py``).
+        compiled: Names in ``run`` that are measured under torch.compile, too.
+        compare: Reduces an output, given with the copy's inputs, to what must agree with the reference.
+        reference: Computes the expected output from a copy's inputs; the op's ``reference`` by default.
+        tolerance: rtol and atol of that comparison for the peers; by default, and for tokred always, the op's own.
+        unlike: Names in ``run`` that return something else than the op, with the reason: they are not compared.
         min_copies: At least so many copies, for example 64 where branches could learn the data.
         reach: The ratio to the best peer that is aimed at.
+        core: Whether it runs whenever there is a device for minutes only; rows with an aim do anyhow.
         note: One line printed with the row.
     """
 
@@ -56,229 +59,291 @@ class Case:
     dtype: str
     make: Callable[[int], tuple[Any, ...]]
     run: dict[str, Callable[..., Any]]
-    bytes: float = 0.0
-    flops: float = 0.0
-    compare: Callable[[Any], Any] | None = _whole
+    call: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = _as_given
+    peers: Sequence[str] = ()
+    compiled: Sequence[str] = ()
+    compare: Callable[..., Any] = _whole
+    reference: Callable[..., Any] | None = None
     tolerance: tuple[float, float] | None = None
+    unlike: dict[str, str] = field(default_factory=dict)
     min_copies: int = 1
     reach: float | None = None
+    core: bool = False
     note: str = ""
 
 
 @dataclass
 class Row:
-    """What a case measured: seconds per call by candidate (median of passes), their spread, and what follows."""
+    """What a case measured.
+
+    Args:
+        op: The op's name.
+        case: Sizes as people say them.
+        dtype: Of the main input.
+        device: "cpu" or "cuda".
+        threads: Of torch on the CPU.
+        kind: "time" of the work, or "overhead" of a call with tiny inputs.
+        copies: How many copies of the inputs a pass went through.
+        seconds: Per call by candidate: the median of all passes.
+        spread: Distance of the quartiles of the passes over their median, by candidate.
+        eager: On CUDA, seconds per call as the host makes them one by one.
+        how: "loop", "graph" or "events" by candidate.
+        memory: Bytes at the highest beside the inputs, outputs included, by candidate.
+        bytes: What a perfect kernel moves.
+        flops: What its matrix products compute.
+        floor: Seconds of a perfect kernel at the measured ceilings.
+        reach: The ratio to the best peer that is aimed at.
+        core: Whether the case is in the core matrix.
+        unlike: Candidates that do something else, to compare with, but are no peers; with the reason.
+        skipped: Peers that did not run, with the reason.
+        note: One line.
+    """
 
     op: str
     case: str
     dtype: str
     device: str
     threads: int
+    kind: str
     copies: int
     seconds: dict[str, float]
     spread: dict[str, float]
-    bytes: float
-    flops: float
-    gbps: float
-    gflops: float
-    copy_share: float
-    speedup: dict[str, float] = field(default_factory=dict)
+    eager: dict[str, float] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    bytes: float = 0.0
+    flops: float = 0.0
+    floor: float = 0.0
     reach: float | None = None
+    core: bool = False
+    unlike: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def speedup(self) -> dict[str, float]:
+        """Return by how much tokred is faster than each peer."""
+        return {name: t / self.seconds["tokred"] for name, t in self.seconds.items() if name != "tokred"}
 
-def llc_bytes() -> int:
-    """Return the size of the last-level cache, or 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) << 10)
-        elif text.endswith("M"):
-            sizes.append(int(text[:-1]) << 20)
-    return max(sizes[1:] or sizes)
+    @property
+    def best_peer(self) -> str | None:
+        """Return the fastest peer, or None without any."""
+        peers = [name for name in self.speedup if name not in self.unlike]
+        return min(peers, key=lambda name: self.seconds[name], default=None)
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    @property
+    def floor_share(self) -> float:
+        """Return the share of the floor that tokred reaches; 0 where there is none."""
+        return self.floor / self.seconds["tokred"]
 
 
-def _num_copies(case: Case, inputs: Any, device: str) -> int:
-    cache = llc_bytes() if device == "cpu" else 60 << 20
-    size = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(inputs)}.values())
-    wanted = math.ceil((4 if device == "cpu" else 5) * cache / max(size, 1)) + 1
-    most = max(2, int(1e9 / max(size, 1)))  # 1 GB of copies at the most
-    return min(max(case.min_copies, wanted), most, 256)
+def generator(device: str, seed: int) -> torch.Generator:
+    """Return a seeded generator of the device: inputs are drawn where they are used."""
+    return torch.Generator(device).manual_seed(seed)
 
 
-def copy_bandwidth(device: str) -> float:
-    """Return bytes per second (read plus written) of a large torch copy under the present thread count."""
-    source = torch.empty(64 << 20, device=device).fill_(1.0)
-    target = torch.empty_like(source)
-    best = math.inf
-    for _ in range(8):
-        best = min(best, _pass(lambda: target.copy_(source), device))
-    return 2 * source.nbytes / best
+def dtype_word(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _pass(work: Callable[[], Any], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def timer_of(device: str) -> Timer:
+    """Return the way of timing on a device."""
+    return CpuTimer() if device == "cpu" else CudaTimer()
 
 
-def _prepared(function: Callable[..., Any], inputs: list[tuple[Any, ...]], device: str) -> Callable[[], Any]:
-    """Return one pass over all copies; on CUDA as the replay of a captured graph."""
+def _candidates(case: Case, peers: Peers, skipped: dict[str, str], compiled: bool) -> Iterator[tuple[str, Peer]]:
+    for name, function in case.run.items():
+        if name == "tokred" or peers.wants("aten"):
+            yield name, Peer(function)
+    for name in case.compiled if compiled else ():
+        if peers.wants("compile"):
+            yield f"compiled {name}", Peer(torch.compile(case.run[name], dynamic=False))
+    for name in case.peers:
+        found = peers.find(name, case.op) if peers.wants(name) else None
+        if found is not None:
+            yield name, found
+        elif name in peers.skipped:
+            skipped[name] = peers.skipped[name]
 
-    def work() -> None:
-        for copy in inputs:
-            function(*copy)
 
-    if device == "cpu":
-        return work
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, NotApplicable) else f"{type(error).__name__}: {lines[0]}"
+
+
+def checks_of(case: Case, inputs: tuple[Any, ...]) -> Callable[[str, Peer, Any], None]:
+    """Compute what the reference says; return ``check(name, peer, out)``, which raises where a candidate's output differs."""
+    op = _registry.op(case.op)
+    args, kwargs = case.call(*inputs)
+    with torch.no_grad():
+        wanted = case.reference(*inputs) if case.reference else op.module.reference(*args, **kwargs)
+        expected = case.compare(wanted, *inputs)
+    own = op.tolerance(getattr(torch, case.dtype))
+
+    def check(name: str, peer: Peer, out: Any) -> None:
+        rtol, atol = own if name == "tokred" else (case.tolerance or own)
+        label = f"{case.op} {case.name} {case.dtype}: {name} against the reference"
+        assert_close(case.compare(peer.finish(out), *inputs), expected, rtol=rtol, atol=atol, name=label)
+
+    return check
+
+
+def checked_candidates(
+    case: Case,
+    peers: Peers,
+    inputs: tuple[Any, ...],
+    check: Callable[[str, Peer, Any], None],
+    skipped: dict[str, str],
+    *,
+    compiled: bool = True,
+) -> dict[str, Peer]:
+    """Run each candidate once and check its output; return those that may be timed.
+
+    tokred or a composition that is wrong raises. A compiled composition or a plug-in that fails or differs is left out,
+    with the reason in ``skipped``: its adapter may be at fault, and the other numbers are worth having.
+    """
+    found: dict[str, Peer] = {}
+    for name, peer in _candidates(case, peers, skipped, compiled):
+        try:
+            out = peer.run(*peer.prepare(*inputs))
+            if name not in case.unlike:
+                check(name, peer, out)
+        except Exception as error:
+            if name in case.run:
+                raise
+            skipped[name] = _reason(error)
+            continue
+        found[name] = peer
+    return found
 
 
 def measure(
-    case: Case, device: str, threads: int, bandwidth: float, *, smoke: bool = False, seconds: float = 1.5
+    case: Case, timer: Timer, ceilings: Ceilings, peers: Peers, *, smoke: bool = False, seconds: float = 1.5
 ) -> Row:
-    """Compare the outputs of all candidates, then time them. ``seconds`` is aimed at per candidate."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    """Compare the outputs of all candidates with the reference, then time them; ``seconds`` is aimed at per candidate."""
+    skipped: dict[str, str] = {}
+    if "torch._dynamo" in sys.modules:  # a compilation per case: more of one function would make it fall back to eager
+        torch.compiler.reset()
+    with num_threads(ceilings.threads):
         first = case.make(0)
-        expected = None
-        for name, function in case.run.items():
-            out = function(*first)
-            if case.compare is None:
+        check = checks_of(case, first)
+        found = checked_candidates(case, peers, first, check, skipped)
+        args, kwargs = case.call(*first)
+        num_bytes, flops = _registry.op(case.op).module.floor(*args, **kwargs)
+        memory = {}
+        for name, peer in found.items():
+            peak = timer.peak_memory(peer.run, peer.prepare(*first))
+            if peak is not None:
+                memory[name] = peak
+        touched = min(num_bytes, sum(storages(first).values()))
+        copies = rotate(case.make, touched, timer, case.min_copies, 2 if smoke else 256)
+        passes, eager = {}, {}
+        for name, peer in found.items():
+            try:
+                prepared = [peer.prepare(*inputs) for inputs in copies]
+                again = None if name in case.unlike else partial(check, name, peer)
+                passes[name] = timer.ready(peer.run, prepared, again, captures=peer.captures)
+            except Exception as error:
+                if name in case.run:
+                    raise
+                skipped[name] = _reason(error)
                 continue
-            out = case.compare(out)
-            if expected is None:
-                expected = out
-            else:
-                rtol, atol = case.tolerance or (None, None)
-                assert_close(expected, out, rtol=rtol, atol=atol, name=f"{case.op} {case.name}: tokred against {name}")
-        copies = 2 if smoke else _num_copies(case, first, device)
-        inputs = [first, *(case.make(i) for i in range(1, copies))]
-        passes = {name: _prepared(function, inputs, device) for name, function in case.run.items()}
-        once = {name: _pass(work, device) for name, work in passes.items()}  # warm-up
-        rounds = 1 if smoke else max(5, min(60, int(seconds * len(once) / max(sum(once.values()), 1e-9))))
-        times: dict[str, list[float]] = {name: [] for name in passes}
-        for i in range(rounds):
-            order = list(passes.items())
-            for name, work in order if i % 2 == 0 else reversed(order):
-                times[name].append(_pass(work, device) / copies)
-    finally:
-        torch.set_num_threads(before)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    spread = {name: (max(t) - min(t)) / median[name] for name, t in times.items()}
-    ours = median["tokred"]
+            late = timer.eager(peer.run, prepared)
+            if late is not None:
+                eager[name] = late
+        aim = 0.0 if smoke else seconds
+        times = interleave({name: partial(timer.seconds, p) for name, p in passes.items()}, aim)
+        late_times = interleave({name: partial(wall, p) for name, p in eager.items()}, aim / 4) if eager else {}
     return Row(
         op=case.op,
         case=case.name,
         dtype=case.dtype,
-        device=device,
-        threads=threads,
-        copies=copies,
-        seconds=median,
-        spread=spread,
-        bytes=case.bytes,
-        flops=case.flops,
-        gbps=case.bytes / ours / 1e9,
-        gflops=case.flops / ours / 1e9,
-        copy_share=case.bytes / ours / bandwidth,
-        speedup={name: median[name] / ours for name in median if name != "tokred"},
+        device=timer.device,
+        threads=ceilings.threads,
+        kind="time",
+        copies=len(copies),
+        seconds={name: statistics.median(t) for name, t in times.items()},
+        spread={name: spread(t) for name, t in times.items()},
+        eager={name: statistics.median(t) for name, t in late_times.items()},
+        how={name: p.how for name, p in passes.items()},
+        memory=memory,
+        bytes=num_bytes,
+        flops=flops,
+        floor=ceilings.floor(num_bytes, flops, case.dtype),
         reach=case.reach,
-        note=case.note,
+        core=case.core or case.reach is not None,
+        unlike={name: why for name, why in case.unlike.items() if name in times},
+        skipped=skipped,
+        note="; ".join(part for part in (case.note, *(f"{n} {p.note}" for n, p in passes.items() if p.note)) if part),
     )
+
+
+_MODES: dict[str, Callable[[], Any]] = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+def measure_overhead(case: Case, timer: Timer, peers: Peers, *, smoke: bool = False, seconds: float = 0.2) -> list[Row]:
+    """Time what the host spends on a call with tiny inputs, under each mode of autograd; compiled peers are left out."""
+    skipped: dict[str, str] = {}
+    rows = []
+    calls = 3 if smoke else 30  # few enough that a GPU's queue does not fill
+    with num_threads(1):
+        inputs = case.make(0)
+        found = checked_candidates(case, peers, inputs, checks_of(case, inputs), skipped, compiled=False)
+        ready = {name: (peer.run, peer.prepare(*inputs)) for name, peer in found.items()}
+        for mode, context in _MODES.items():
+            with context():
+                turns = {n: partial(timer.queueing, run, prepared, calls) for n, (run, prepared) in ready.items()}
+                times = interleave(turns, 0.0 if smoke else seconds)
+            rows.append(
+                Row(
+                    op=case.op,
+                    case=f"call overhead, {mode}",
+                    dtype=case.dtype,
+                    device=timer.device,
+                    threads=1,
+                    kind="overhead",
+                    copies=1,
+                    seconds={name: statistics.median(t) for name, t in times.items()},
+                    spread={name: spread(t) for name, t in times.items()},
+                    core=True,
+                    unlike={name: why for name, why in case.unlike.items() if name in times},
+                    skipped=skipped,
+                    note=f"{case.name}: what the host spends on a call",
+                )
+            )
+    return rows
+
+
+def si(number: float, unit: str) -> str:
+    """Return a number with three digits and a prefix: 1.5 GB/s, 12.3 us."""
+    prefixes = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "u"}
+    factor = next((f for f in prefixes if abs(number) >= f), 1e-6)
+    scaled = number / factor
+    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    return f"{scaled:.{digits}f} {prefixes[factor]}{unit}"
+
+
+def rate(row: Row) -> str:
+    """Return what bounds the case: GB/s moved, or flops of the product."""
+    ours = row.seconds["tokred"]
+    if row.flops and row.flops / max(row.bytes, 1) > 20:  # more than any CPU or memory-bound kernel has per byte
+        return si(row.flops / ours, "FLOP/s")
+    return si(row.bytes / ours, "B/s")
 
 
 def show(row: Row) -> str:
     """Return the row as one line."""
     peers = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.speedup.items())
-    reach = f" (aim {row.reach:g}x)" if row.reach else ""
-    rate = f"{row.gflops:7.1f} GF/s" if row.flops else f"{row.gbps:7.1f} GB/s"
-    return (
-        f"{row.op:16} {row.case:34} {row.dtype:9} {row.threads}t {row.seconds['tokred'] * 1e6:10.1f} us {rate} "
-        f"{100 * row.copy_share:5.0f}% of copy  {peers}{reach}"
-    )
-
-
-def facts(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on: machine, versions, commit."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    try:
-        here = Path(tokred.__file__).parent
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        revision = commit.stdout.strip() or "unknown"
-    except OSError:
-        revision = "unknown"
-    found: dict[str, Any] = {
-        "cpu": name,
-        "cores": torch.get_num_threads(),
-        "llc_mib": llc_bytes() / 2**20,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "tokred": tokred.__version__,
-        "commit": revision,
-    }
-    if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def run(
-    cases: Sequence[Case],
-    device: str = "cpu",
-    threads: Sequence[int] = (1, 2),
-    *,
-    smoke: bool = False,
-    seconds: float = 1.5,
-) -> list[Row]:
-    """Measure every case under every thread count, printing a row as soon as it is there."""
-    rows = []
-    for count, case in itertools.product(threads if device == "cpu" else (1,), cases):
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        bandwidth = 1e10 if smoke else copy_bandwidth(device)
-        torch.set_num_threads(before)
-        row = measure(case, device, count, bandwidth, smoke=smoke, seconds=seconds)
-        print(show(row), flush=True)
-        rows.append(row)
-    return rows
-
-
-def save(rows: Sequence[Row], path: Path, device: str) -> None:
-    """Write rows and facts as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "facts": facts(device), "rows": [row.__dict__ for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    aim = f" (aim {row.reach:g}x)" if row.reach else ""
+    ours = si(row.seconds["tokred"], "s")
+    line = f"{row.op:16} {row.case:44} {row.dtype:9} {row.threads}t {ours:>8} +-{50 * row.spread['tokred']:.0f}%"
+    if row.kind == "overhead":
+        return f"{line}  {peers}".rstrip()
+    memory = f"  +{row.memory['tokred'] / 2**20:.1f} MiB" if "tokred" in row.memory else ""
+    eager = f"  eager {si(row.eager['tokred'], 's')}" if "tokred" in row.eager else ""
+    return f"{line} {rate(row):>11} {100 * row.floor_share:4.0f}% of floor{eager}{memory}  {peers}{aim}".rstrip()
