@@ -97,7 +97,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Run the script on LOG with registers of one kernel raised by ``rise``; (exit status, printed)."""
     monkeypatch.setattr(ptxas, "STORED", tmp_path / "ptxas.txt")
     monkeypatch.setattr(ptxas, "find_cuobjdump", lambda: "cuobjdump")
-    inside = {"80-real", "90a-real"}
+    inside = {"80-real", "90-real"}
     monkeypatch.setattr(ptxas, "archs_inside", lambda library, tool: inside)
 
     def call(*arguments, rise=0, size=1000, nvcc="13.0"):
@@ -122,6 +122,6 @@ def test_script(run):
     assert run(rise=9)[0] == 0
     status, printed = run(rise=9, size=2 * 2 * ptxas.SIZE_BUDGET + 1)
     assert status == 1 and "size budget" in printed
-    run.inside.remove("90a-real")
+    run.inside.remove("90-real")
     status, printed = run(rise=9)
     assert status == 1 and "expected 80-real, 90a-real inside" in printed
