@@ -3,6 +3,7 @@
 #   make demo    a real vision transformer on real images, pruned and merged: table and pictures in out/
 #   make test    everything that runs without a GPU: the CPU kernels, and the CUDA kernels on the emulator
 #   make check   the developer's loop: format, types, build with warnings as errors, fast tests
+#   make test-all  make test, the sanitizers, the C++ tests and the CUDA build: all that shows without a GPU
 # A bare checkout is enough: the environment is made on first use and reuses a torch that is already there.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 torch_dir = $(shell $(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
 sources = $(shell find csrc tests/simt third_party -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-cpp test-cpu test-simt test-race check format lint cuda wheel clean env build
+.PHONY: demo test test-all test-cpp test-asan test-cpu test-simt test-race check format lint cuda ptxas wheel clean env build
 
 env: $(VENV)/.env
 $(VENV)/.env: pyproject.toml
@@ -34,12 +35,15 @@ $(VENV)/.build: $(VENV)/.env $(sources)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-# The emulator's libraries; race finds unordered accesses too.
-build/simt/libtokred_simt.so build/race/libtokred_simt.so: build/%/libtokred_simt.so: $(VENV)/.env $(sources)
-	@$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTOKRED_SIMT=ON -DTOKRED_WERROR=ON \
-	  -DTOKRED_SANITIZE=$(if $(filter race,$*),race,) -DTOKRED_TORCH_DIR=$(torch_dir) > build/$*.log 2>&1 \
-	  || { cat build/$*.log; exit 1; }
-	$(BIN)/cmake --build build/$* -j $(JOBS)
+# The emulator, and the CPU kernels, for the sanitizers; race finds unordered accesses too.
+build/race/%: sanitize = race
+build/asan/% build/asan-simt/%: sanitize = address,undefined
+build/simt/libtokred_simt.so build/race/libtokred_simt.so build/asan-simt/libtokred_simt.so build/asan/libtokred.so: \
+  $(VENV)/.env $(sources)
+	@$(BIN)/cmake -S . -B $(@D) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTOKRED_WERROR=ON \
+	  -DTOKRED_SIMT=$(if $(findstring simt,$(@F)),ON,OFF) -DTOKRED_SANITIZE=$(sanitize) -DTOKRED_TORCH_DIR=$(torch_dir) \
+	  > $(@D).log 2>&1 || { cat $(@D).log; exit 1; }
+	$(BIN)/cmake --build $(@D) -j $(JOBS)
 
 test: test-cpu test-simt test-race
 	@echo "all tests passed"
@@ -68,6 +72,16 @@ test-cpp: build build/cpp-cpu/tokred_cpp_tests build/cpp-simt/tokred_cpp_tests
 	valgrind -q --error-exitcode=9 --leak-check=full build/cpp-cpu/tokred_cpp_tests
 	build/cpp-simt/tokred_cpp_tests
 	PYTHON=$(abspath $(BIN))/python benchmarks/gpu_check.sh --rehearse --out build/rehearsal
+# Each op's tests where an access out of bounds or undefined behaviour ends the process; the report names the line.
+# What compiles would compile the sanitizers' libraries into the compiler, too.
+test-asan: build/asan/libtokred.so build/asan-simt/libtokred_simt.so
+	for library in $(filter %.so,$(abspath $^)); do \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" TOKRED_LIBRARY=$$library \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TOKRED_SIMT_THREADS=1 \
+	  $(BIN)/python -m pytest tests/score tests/compact tests/merge tests/attend tests/test_contract.py \
+	  -k "not compil and not export and not opcheck" -n $(JOBS) || exit 1; done
+test-all: test test-asan test-cpp ptxas
+	@echo "all that can be shown without a GPU passed"
 
 demo: build
 	$(BIN)/python examples/demo.py --out out
@@ -87,12 +101,12 @@ check: format lint
 	@touch $(VENV)/.build
 	$(BIN)/python -m pytest tests --ignore=tests/simt -n $(JOBS)
 
-# What the CUDA build shows without a GPU: warnings are errors, registers and spills are reported.
-cuda: $(VENV)/.env
+# What the CUDA build shows without a GPU: warnings are errors; registers, spills and size are held against what is stored
+# (UPDATE=1 stores them anew).
+cuda ptxas: $(VENV)/.env
 	rm -f dist/*.whl
 	TOKRED_CUDA=1 TOKRED_WERROR=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
-	$(BIN)/python benchmarks/ptxas.py build/py*/build.log
-	@ls -l dist/*.whl
+	$(BIN)/python benchmarks/ptxas.py build/py*/build.log dist/*.whl $(if $(UPDATE),--update)
 wheel: $(VENV)/.env
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 

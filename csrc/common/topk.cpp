@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#if defined(__x86_64__) && !defined(TOKRED_SANITIZE)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #define TOKRED_HAS_AVX512_PATH 1
 #endif

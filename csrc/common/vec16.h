@@ -14,6 +14,7 @@ namespace tokred {
 // calling convention of a vector depends on the instruction set.
 typedef float Vec16 __attribute__((vector_size(64)));
 typedef int32_t Vec16i __attribute__((vector_size(64)));
+typedef uint32_t Vec16u __attribute__((vector_size(64)));
 typedef uint16_t Vec16h __attribute__((vector_size(32)));
 constexpr int kVecLanes = 16;
 
@@ -94,9 +95,9 @@ TOKRED_INLINE void exp16(Vec16& x) {
   // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
   const Vec16 shifted = t + 12582912.f;
   const Vec16 n = shifted - 12582912.f;
-  Vec16i exponent;
+  Vec16u exponent;  // unsigned: in lanes that are overwritten below, the sums of bits may wrap
   std::memcpy(&exponent, &shifted, sizeof(exponent));
-  exponent = (exponent - 0x4B400000) << 23;
+  exponent = (exponent - 0x4B400000u) << 23;
   // ln 2 in two parts: the first times n is exact.
   const Vec16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   // Taylor's series of e^r on |r| <= 0.347 with its last terms adjusted (Cephes' expf coefficients).
@@ -106,7 +107,7 @@ TOKRED_INLINE void exp16(Vec16& x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  Vec16i bits;
+  Vec16u bits;
   std::memcpy(&bits, &p, sizeof(bits));
   bits += exponent;
   Vec16 y;

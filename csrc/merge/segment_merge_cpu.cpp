@@ -164,7 +164,7 @@ void merge_all(const SegmentMergeArgs& a) {
         const int32_t* members = order + offsets[j];
         const int32_t count = offsets[j + 1] - offsets[j];
         T* out = static_cast<T*>(a.merged) + (batch_idx * a.num_out + j) * a.dim + column;
-        merge_row<T, kMax>(a, batch_idx, members, count, column, column_end, out);
+        if (a.dim > 0) merge_row<T, kMax>(a, batch_idx, members, count, column, column_end, out);
         if (chunk == 0) merge_size(a, batch_idx, j, members, count);
       }
     }
