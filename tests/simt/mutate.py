@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""Break an op's kernel in small ways and report which breaks its tests notice.
+"""Break the kernels in small ways and report which breaks their tests notice.
 
-    python -m tests.simt.mutate OP [--also csrc/common/FILE.cuh] [--kind barrier] [--list]
+    python -m tests.simt.mutate [OP ...] [--only csrc/common/FILE.cuh] [--kind barrier] [--list]
 
 Each mutant removes a barrier, a ``__syncwarp`` or an asynchronous copy's wait, turns a comparison into its neighbour
-(``<`` and ``<=``), or drops one term of an ``&&`` or ``||``. It is built into the emulator's race build and the op's
-test file runs on it; a failing test, a crash or a run that never ends kills the mutant. Survivors that change nothing
-that can be observed are listed with a reason in SURVIVORS.md, and are not counted. Offline: minutes per op.
+(``<`` and ``<=``), replaces one term of an ``&&`` or ``||`` by what leaves the others to decide, or drops a ``+ 1``. The
+test files of every op that includes the mutated file run on the emulator's race build, then on its address build; a
+failing test, a crash or a test that never ends kills the mutant. Survivors that change nothing that can be observed are
+listed with a reason in SURVIVORS.md, and are not counted. Offline, not in CI.
+
+All mutants are compiled into one library, as branches on a number that is set at run time, and mutate_forks.py forks a
+process per mutant from one that has imported and collected everything. Only what must be known to the compiler
+(``if constexpr``, array sizes) costs a build each.
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SURVIVORS = HERE / "SURVIVORS.md"
-KINDS = ("barrier", "bound", "term")
+KINDS = ("barrier", "bound", "term", "step")
+BUILDS = {"race": "race", "address": "address,undefined"}
 REQUIRED = 0.95  # of the mutants that are not in SURVIVORS.md
 
 _SYNC = re.compile(
@@ -35,6 +43,48 @@ _SYNC = re.compile(
 _COMPARE = re.compile(r"(?<= )(<=|>=|<|>)(?= )")  # with spaces around: template brackets have none
 _FLIP = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _LOGIC = re.compile(r" (&&|\|\|) ")
+_STEP = re.compile(r"(?<= [+-] )1(?![\w.])")
+_RUNTIME = """\
+#pragma once
+// Constant in a process, so that the compiler asks once per function; not instrumented, as a global's load would be.
+extern "C" __attribute__((const, visibility("hidden"))) int tokred_active_mutant();
+namespace mutant {
+inline bool on(int number) { return tokred_active_mutant() == number; }
+// a < mutant::lt{7} > b is a < b, or a <= b when mutant 7 is on: the operands keep their extent.
+template <bool kLess, bool kEqual>
+struct Compare {
+  int number;
+};
+using lt = Compare<true, false>;
+using le = Compare<true, true>;
+using gt = Compare<false, false>;
+using ge = Compare<false, true>;
+template <typename T, bool kLess, bool kEqual>
+struct Left {
+  T value;
+  int number;
+};
+template <typename T, bool kLess, bool kEqual>
+inline Left<T, kLess, kEqual> operator<(T value, Compare<kLess, kEqual> compare) {
+  return {value, compare.number};
+}
+template <typename T, bool kLess, bool kEqual, typename U>
+inline bool operator>(Left<T, kLess, kEqual> left, U right) {
+  const bool equal = kEqual != on(left.number);
+  if constexpr (kLess) {
+    return equal ? left.value <= right : left.value < right;
+  } else {
+    return equal ? left.value >= right : left.value > right;
+  }
+}
+}  // namespace mutant
+"""
+_ACTIVE = """\
+extern "C" {
+__attribute__((visibility("default"))) int tokred_mutant = 0;
+__attribute__((visibility("hidden"))) int tokred_active_mutant() { return tokred_mutant; }
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +96,7 @@ class Mutant:
     line: int
     start: int
     end: int
+    original: str
     replacement: str
     before: str  # the line, stripped
     after: str
@@ -55,15 +106,39 @@ class Mutant:
         """What SURVIVORS.md names it by: no line number, so that edits elsewhere do not matter."""
         return f"`{self.path}`: `{self.before}` -> `{self.after}`"
 
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.kind}: {self.before} -> {self.after}"
+
+    def edits(self, number: int) -> list[tuple[int, int, str]]:
+        """Replacements that apply the mutant while ``number`` is on; those of nested mutants nest."""
+        on = f"::mutant::on({number})"
+        if self.kind == "barrier":
+            return [(self.start, self.end, f"{{ if (!{on}) {self.original} }}")]
+        if self.kind == "bound":
+            name = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge"}[self.original]
+            return [(self.start, self.end, f"< ::mutant::{name}{{{number}}} >")]
+        if self.kind == "step":
+            return [(self.start, self.end, f"({on} ? 0 : 1)")]
+        opening = f"({on} || (" if self.replacement == "true" else f"(!{on} && ("
+        return [(self.start, self.start, opening), (self.end, self.end, "))")]
+
 
 def code_only(text: str) -> str:
-    """Blank out comments, strings and preprocessor lines, keeping every position."""
+    """Blank out comments, strings, preprocessor lines, code for nvcc alone and hints to it, keeping every position."""
 
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
-    pattern = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|static_assert\([^;]*;'
+    text = re.sub(r"(?<=#ifdef TOKRED_SIMT\n).*?#endif", lambda m: emulated(m[0], blank), text, flags=re.DOTALL)
+    pattern = (
+        r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|static_assert\([^;]*;'
+        r"|__launch_bounds__\([^()]*\)"
+    )
     return re.sub(pattern, blank, text, flags=re.DOTALL | re.MULTILINE)
+
+
+def emulated(text: str, blank: Callable[[re.Match[str]], str]) -> str:
+    return re.sub(r"#else\n.*", blank, text, flags=re.DOTALL)
 
 
 def operand(code: str, at: int, step: int) -> int:
@@ -96,7 +171,7 @@ def mutants_of(path: Path) -> list[Mutant]:
     """List the mutants of one file, in order of place."""
     text = (ROOT / path).read_text()
     code = code_only(text)
-    found: list[Mutant] = []
+    found: set[Mutant] = set()
 
     def add(kind: str, start: int, end: int, replacement: str) -> None:
         first = text.rfind("\n", 0, start) + 1
@@ -104,121 +179,223 @@ def mutants_of(path: Path) -> list[Mutant]:
         before = " ".join(text[first:last].split())
         after = " ".join((text[first:start] + replacement + text[end:last]).split())
         line = text.count("\n", 0, start) + 1
-        found.append(Mutant(path, kind, line, start, end, replacement, before, after))
+        found.add(Mutant(path, kind, line, start, end, text[start:end], replacement, before, after))
 
     for m in _SYNC.finditer(code):
         add("barrier", m.start(), m.end(), ";")
     for m in _COMPARE.finditer(code):
         if not code[: m.start()].rstrip().endswith("template"):
             add("bound", m.start(), m.end(), _FLIP[m[0]])
+    for m in _STEP.finditer(code):
+        add("step", m.start(), m.end(), "0")
     for m in _LOGIC.finditer(code):
-        right = operand(code, m.end(), +1)
-        left = operand(code, m.start() - 1, -1) + 1
-        if code[left : m.start()].strip() and code[m.end() : right].strip():
-            add("term", m.start(), right, "")
-            add("term", left, m.end(), " ")
-    return sorted(found, key=lambda m: (m.start, m.end))
+        neutral = "true" if m[1] == "&&" else "false"
+        sides = (operand(code, m.start() - 1, -1) + 1, m.start()), (m.end(), operand(code, m.end(), +1))
+        for left, right in sides:
+            term = code[left:right]
+            if term.strip():
+                start, end = left + len(term) - len(term.lstrip()), left + len(term.rstrip())
+                add("term", start, end, neutral)
+    return sorted(found, key=lambda m: (m.start, m.end, m.replacement))
 
 
-def copy_tree(to: Path) -> None:
-    """Copy what the emulator's library is built from."""
-    for name in ("csrc", "tests/simt", "third_party"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, to / name)
-    shutil.copy(ROOT / "CMakeLists.txt", to)
-
-
-def build(tree: Path, timeout: float = 600) -> bool:
-    """Bring the library up to date; False if the source does not compile."""
-    command = ["cmake", "--build", str(tree / "build")]
-    return (
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout).returncode == 0
+def schemata(text: str, mutants: Sequence[tuple[int, Mutant]]) -> str:
+    """Return a file's text with its (number, mutant) pairs built in, each on its own lines."""
+    edits = sorted(
+        (e for number, m in mutants for e in m.edits(number)),
+        key=lambda e: (e[0], e[2] != "))"),  # a term that ends here ends before what begins here
     )
+    parts, at = [], 0
+    for start, end, replacement in edits:
+        parts += [text[at:start], replacement]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
-def configure(tree: Path) -> None:
-    """Configure the race build with the running Python's torch."""
-    import torch
-
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    torch_dir = Path(torch.__file__).parent
-    options = ["-DTOKRED_SIMT=ON", "-DTOKRED_SANITIZE=race", f"-DTOKRED_TORCH_DIR={torch_dir}"]
-    command = ["cmake", "-S", str(tree), "-B", str(tree / "build"), *generator, *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+@cache
+def device_files(path: Path) -> frozenset[Path]:
+    """Return a kernel file and the kernel headers that it includes, relative to the root."""
+    files = {path}
+    for name in re.findall(r'^#include "(.*\.cuh)"', (ROOT / path).read_text(), flags=re.MULTILINE):
+        files |= device_files(Path("csrc") / name)
+    return frozenset(files)
 
 
-def run_tests(tree: Path, tests: list[str], timeout: float) -> str:
-    """Return "passed", "failed" or "endless"."""
-    env = os.environ | {"TOKRED_LIBRARY": str(tree / "build" / "libtokred_simt.so"), "TOKRED_SIMT_ADDR2LINE": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, timeout=timeout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired:
-        return "endless"
-    if done.returncode not in (0, 1) and done.returncode > 0:
-        raise SystemExit(f"pytest could not run {' '.join(tests)} (exit status {done.returncode})")
-    return "passed" if done.returncode == 0 else "failed"
+class Tree:
+    """A copy of the sources in build/mutate, with mutants in it, and one build of it per sanitizer."""
+
+    def __init__(self) -> None:
+        self.path = ROOT / "build" / "mutate"
+        self.mutants: dict[int, Mutant] = {}  # those that are built in
+
+    def library(self, build: str) -> Path:
+        return self.path / build / "libtokred_simt.so"
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file, unless it is that already, which would cost a build."""
+        target = self.path / path
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+
+    def fill(self, mutants: dict[int, Mutant]) -> None:
+        """Copy the sources, with these mutants built in."""
+        self.mutants = mutants
+        wanted = {p.relative_to(ROOT) for d in ("csrc", "tests/simt", "third_party") for p in (ROOT / d).rglob("*.*")}
+        wanted = {p for p in wanted if (ROOT / p).is_file() and p.suffix not in (".py", ".pyc", ".md")}
+        for path in wanted | {Path("CMakeLists.txt")}:
+            here = [(n, m) for n, m in mutants.items() if m.path == path]
+            self.write(path, schemata((ROOT / path).read_text(), here))
+        self.write(Path("mutant.h"), _RUNTIME)
+        self.write(Path("tests/simt/mutant.cpp"), _ACTIVE)
+
+    def make(self, build: str) -> str:
+        """Bring a library up to date; return what the compiler says if it fails."""
+        import torch
+
+        folder = self.path / build
+        if not (folder / "CMakeCache.txt").exists():
+            # A loop that leaves its array is a mutant, not a promise to the optimiser.
+            flags = f"-include {self.path}/mutant.h -fno-aggressive-loop-optimizations"
+            generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+            options = ["-DTOKRED_SIMT=ON", f"-DTOKRED_SANITIZE={BUILDS[build]}", f"-DCMAKE_CXX_FLAGS={flags}"]
+            options += [f"-DTOKRED_TORCH_DIR={Path(torch.__file__).parent}"]
+            command = ["cmake", "-S", str(self.path), "-B", str(folder), *generator, *options]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command = ["cmake", "--build", str(folder), "-j", "2", "--", "-k" + ("0" if shutil.which("ninja") else "")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.stdout if done.returncode else ""
+
+    def fill_and_make(self, mutants: dict[int, Mutant]) -> None:
+        """Build in all mutants but those that do not compile as branches."""
+        while True:
+            self.fill(mutants)
+            output = self.make("race")
+            if not output:
+                return
+            places = re.findall(r"(csrc/[\w./]+):(\d+):\d+: error", output)
+            wrong = {n for n, m in mutants.items() if (str(m.path), str(m.line)) in places}
+            if not wrong:
+                raise SystemExit(f"{output}\nno mutant is to blame")
+            mutants = {n: m for n, m in mutants.items() if n not in wrong}
+
+    def test(self, build: str, tests: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+        """Run tests with each mutant; yield its number, "passed", "failed" or "endless", and the test that says so."""
+        env = os.environ | {
+            "TOKRED_LIBRARY": str(self.library(build)),
+            "TOKRED_MUTANTS": " ".join(map(str, numbers)),
+            "TOKRED_SIMT_ADDR2LINE": "0",
+            "TOKRED_SIMT_THREADS": "1",
+        }
+        if build == "address":
+            sanitizers = (subprocess.check_output(["g++", f"-print-file-name=lib{s}.so"]) for s in ("asan", "ubsan"))
+            env["LD_PRELOAD"] = " ".join(s.decode().strip() for s in sanitizers)
+            env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.simt.mutate_forks", "-p", "no:cacheprovider"]
+        with subprocess.Popen([*command, *tests], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout
+            for line in server.stdout:
+                if line.startswith("mutant "):
+                    _, number, verdict, test = line.split(maxsplit=3)
+                    yield int(number), verdict, test.strip()
+                elif line.startswith(("E ", "ERROR")):
+                    print(line, end="")
+
+
+def try_all(tree: Tree, constant: dict[int, Mutant], tests: Sequence[str]) -> Iterator[tuple[Mutant, str, str]]:
+    """Yield each of the tree's mutants and each of ``constant`` with its verdict and the test behind it."""
+
+    def run(build: str, numbers: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+        for number, verdict, test in tree.test(build, tests, [0, *numbers]):
+            if number:
+                yield number, verdict, test
+            elif verdict != "passed":
+                raise SystemExit(f"{build} build: the tests must pass on the unchanged kernel first; {test} {verdict}")
+
+    survivors: list[int] = []
+    for number, verdict, test in run("race", list(tree.mutants)):
+        if verdict == "passed" and tree.mutants[number].kind != "barrier":
+            survivors.append(number)
+        else:
+            yield tree.mutants[number], verdict, test
+    if survivors:
+        if output := tree.make("address"):
+            raise SystemExit(output)
+        for number, verdict, test in run("address", survivors):
+            yield tree.mutants[number], verdict, f"{test} (address)" if test else ""
+    for m in constant.values():
+        text = (ROOT / m.path).read_text()
+        tree.write(m.path, text[: m.start] + m.replacement + text[m.end :])
+        if tree.make("race"):
+            yield m, "invalid", ""
+        else:
+            (_, verdict, test) = next(iter(tree.test("race", tests, [0])))
+            yield m, verdict, test
+        tree.write(m.path, schemata(text, [(n, o) for n, o in tree.mutants.items() if o.path == m.path]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simt.mutate", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("op", help="an op with a .cu file, such as prune_topk")
-    parser.add_argument("--also", action="append", default=[], metavar="FILE", help="mutate this file, too")
-    parser.add_argument("--only", action="append", default=[], metavar="FILE", help="mutate this file instead")
+    parser.add_argument("op", nargs="*", help="ops with a .cu file, such as prune_topk; default: all, and common/")
+    parser.add_argument("--only", action="append", metavar="FILE", help="mutate this file only")
     parser.add_argument("--kind", choices=KINDS, action="append", help="these mutants only")
-    parser.add_argument("--tests", action="append", metavar="FILE", help="default: the op's test file")
-    parser.add_argument("-k", dest="select", metavar="EXPRESSION", help="pytest's -k")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one run of the tests")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     args = parser.parse_args()
 
-    sources = sorted(ROOT.glob(f"csrc/*/{args.op}.cu"))
-    if not sources:
-        known = sorted(p.stem for p in ROOT.glob("csrc/*/*.cu"))
-        parser.error(f"no csrc/*/{args.op}.cu; ops with one: {', '.join(known)}")
-    tests = args.tests or [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob(f"tests/*/test_{args.op}.py"))]
-    if not tests:
-        parser.error(f"no tests/*/test_{args.op}.py; name one with --tests")
-    tests += ["-k", args.select] if args.select else []
-    files = [Path(f) for f in args.only] or [p.relative_to(ROOT) for p in sources] + [Path(f) for f in args.also]
-    mutants = [m for f in files for m in mutants_of(f) if m.kind in (args.kind or KINDS)]
+    kernels = {p.stem: p.relative_to(ROOT) for p in sorted(ROOT.glob("csrc/*/*.cu"))}
+    for op in args.op:
+        if op not in kernels:
+            parser.error(f"no csrc/*/{op}.cu; ops with one: {', '.join(kernels)}")
+    files = set().union(*(device_files(kernels[op]) for op in args.op or kernels))
+    if args.op and not args.only:  # what is common needs the tests of all
+        files = {f for f in files if f.parts[1] != "common"}
+    if args.only:
+        unknown = set(map(Path, args.only)) - files
+        if unknown:
+            parser.error(f"{', '.join(map(str, unknown))} is in no kernel of {', '.join(args.op or kernels)}")
+        files = set(map(Path, args.only))
+
+    # Files with the same users are one job: one process collects their tests.
+    jobs: dict[tuple[str, ...], list[Mutant]] = {}
+    for path in sorted(files):
+        users = tuple(op for op, kernel in kernels.items() if path in device_files(kernel))
+        jobs.setdefault(users, []).extend(m for m in mutants_of(path) if m.kind in (args.kind or KINDS))
+    numbered = dict(enumerate((m for mutants in jobs.values() for m in mutants), start=1))
     if args.list:
-        for m in mutants:
-            print(f"{m.path}:{m.line}: {m.kind}: {m.before} -> {m.after}")
+        print(*numbered.values(), sep="\n")
         return 0
 
     excused = SURVIVORS.read_text() if SURVIVORS.exists() else ""
-    counts = {"killed": 0, "survived": 0, "excused": 0, "invalid": 0}
+    tree = Tree()
+    tree.fill_and_make(numbered)
+    built_in = tree.mutants
     survivors: list[Mutant] = []
-    with tempfile.TemporaryDirectory(prefix="tokred-mutate-") as name:
-        tree = Path(name)
-        copy_tree(tree)
-        configure(tree)
-        if not build(tree) or run_tests(tree, tests, args.timeout) != "passed":
-            raise SystemExit("the tests must pass on the unchanged kernel first")
-        for i, m in enumerate(mutants):
-            original = (ROOT / m.path).read_text()
-            (tree / m.path).write_text(original[: m.start] + m.replacement + original[m.end :])
-            if not build(tree):
-                verdict = "invalid"
-            elif run_tests(tree, tests, args.timeout) != "passed":
-                verdict = "killed"
-            elif m.key in excused:
-                verdict = "excused"
-            else:
-                verdict = "survived"
-                survivors.append(m)
-            (tree / m.path).write_text(original)
-            counts[verdict] += 1
-            print(f"[{i + 1}/{len(mutants)}] {verdict}: {m.path}:{m.line}: {m.before} -> {m.after}", flush=True)
-    counted = counts["killed"] + counts["survived"]
-    share = counts["killed"] / counted if counted else 1.0
-    print(
-        f"{args.op}: {counts['killed']} of {counted} killed ({share:.0%}), {counts['excused']} excused in SURVIVORS.md,"
-    )
-    print(f"{counts['invalid']} did not compile. Survivors, as SURVIVORS.md would list them with a reason:")
+    rows: dict[str, Counter[str]] = {}
+    for users, mutants in jobs.items():
+        tests = [str(p.relative_to(ROOT)) for op in users for p in ROOT.glob(f"tests/*/test_{op}.py")]
+        wanted = {n: m for n, m in numbered.items() if m in mutants}
+        tree.mutants = {n: m for n, m in wanted.items() if n in built_in}
+        constant = {n: m for n, m in wanted.items() if n not in built_in}
+        done = 0
+        for m, verdict, test in try_all(tree, constant, tests):
+            done += 1
+            if verdict == "passed":
+                verdict = "excused" if m.key in excused else "survived"
+                survivors += [m] if verdict == "survived" else []
+            row = users[0] if len(users) == 1 else str(m.path)
+            kind = "killed" if verdict in ("failed", "endless") else verdict
+            rows.setdefault(row, Counter())[kind] += 1
+            print(f"[{done}/{len(wanted)}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True)
+        tree.mutants = built_in
+
+    print("\n| kernels | mutants | killed | excused | survived | share |\n|---|---|---|---|---|---|")
+    rows["all"] = sum(rows.values(), Counter())
+    for name, row in rows.items():
+        counted = row["killed"] + row["survived"]
+        share = row["killed"] / counted if counted else 1.0
+        mutants_in_row = counted + row["excused"]
+        print(f"| {name} | {mutants_in_row} | {row['killed']} | {row['excused']} | {row['survived']} | {share:.0%} |")
+    print(f"{rows['all']['invalid']} more do not compile. Survivors, as SURVIVORS.md would list them with a reason:")
     for m in survivors:
         print(f"- {m.key}: ")
     return 0 if share >= REQUIRED else 1

@@ -51,7 +51,7 @@ def builds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simt")
     jobs = [[CXX, *FLAGS, "-c", str(f), "-o", str(folder / f"{f.stem}.o")] for f in sorted(HERE.glob("*.cpp"))]
     parts = [job[-1] for job in jobs]
-    for build, flags in (("plain", []), ("race", ["-fsanitize=thread"])):
+    for build, flags in (("plain", []), ("race", ["-fsanitize=thread", "-fsanitize=bounds-strict"])):
         source = str(HERE / "selftest" / "selftest.cu")
         jobs.append([CXX, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", str(folder / f"selftest_{build}.o")])
     running = [subprocess.Popen(job) for job in jobs]
@@ -317,6 +317,7 @@ ERRORS = {
     "bad_ldmatrix_target": r"ldmatrix: the row's address is not in shared memory",
 }
 RACES = {
+    "bad_local_index": r"array index 4 out of bounds",
     "bad_unwritten": r"shared memory is read that nobody wrote",
     "bad_async_wait_short": r"before its cp.async was waited for|written by a cp.async",
     "bad_async_no_barrier": r"race: .*without a barrier between|nobody wrote",
