@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SURVIVORS = HERE / "SURVIVORS.md"
 KINDS = ("barrier", "bound", "term", "step")
-BUILDS = {"race": "race", "address": "address,undefined"}
+OPTIMISE = {"race": "-O2", "address": "-O1"}  # -O3 of what both add takes minutes
 REQUIRED = 0.95  # of the mutants that are not in SURVIVORS.md
 
 _SYNC = re.compile(
@@ -199,19 +200,6 @@ def mutants_of(path: Path) -> list[Mutant]:
     return sorted(found, key=lambda m: (m.start, m.end, m.replacement))
 
 
-def schemata(text: str, mutants: Sequence[tuple[int, Mutant]]) -> str:
-    """Return a file's text with its (number, mutant) pairs built in, each on its own lines."""
-    edits = sorted(
-        (e for number, m in mutants for e in m.edits(number)),
-        key=lambda e: (e[0], e[2] != "))"),  # a term that ends here ends before what begins here
-    )
-    parts, at = [], 0
-    for start, end, replacement in edits:
-        parts += [text[at:start], replacement]
-        at = end
-    return "".join([*parts, text[at:]])
-
-
 @cache
 def device_files(path: Path) -> frozenset[Path]:
     """Return a kernel file and the kernel headers that it includes, relative to the root."""
@@ -239,15 +227,43 @@ class Tree:
             target.write_text(text)
 
     def fill(self, mutants: dict[int, Mutant]) -> None:
-        """Copy the sources, with these mutants built in."""
-        self.mutants = mutants
-        wanted = {p.relative_to(ROOT) for d in ("csrc", "tests/simt", "third_party") for p in (ROOT / d).rglob("*.*")}
-        wanted = {p for p in wanted if (ROOT / p).is_file() and p.suffix not in (".py", ".pyc", ".md")}
-        for path in wanted | {Path("CMakeLists.txt")}:
-            here = [(n, m) for n, m in mutants.items() if m.path == path]
-            self.write(path, schemata((ROOT / path).read_text(), here))
+        """Copy the sources with all mutants built in, but those that do not compile as branches."""
+        folders = [ROOT / folder for folder in ("csrc", "tests/simt", "third_party")]
+        sources = {p.relative_to(ROOT) for f in folders for p in f.rglob("*.*") if p.is_file()}
         self.write(Path("mutant.h"), _RUNTIME)
         self.write(Path("tests/simt/mutant.cpp"), _ACTIVE)
+        while True:
+            self.mutants = mutants
+            for path in sources | {Path("CMakeLists.txt")}:
+                if path.suffix not in (".py", ".pyc", ".md"):
+                    self.write(path, self.schemata(path))
+            output = self.make("race")
+            if not output:
+                return
+            places = re.findall(r"(csrc/[\w./]+):(\d+):\d+: error", output)
+            wrong = {n for n, m in mutants.items() if (str(m.path), str(m.line)) in places}
+            if not wrong:
+                raise SystemExit(f"{output}\nno mutant is to blame")
+            mutants = {n: m for n, m in mutants.items() if n not in wrong}
+
+    def schemata(self, path: Path) -> str:
+        """Return a file's text with its mutants built in, each on its own lines."""
+        text = (ROOT / path).read_text()
+        edits = [e for number, m in self.mutants.items() if m.path == path for e in m.edits(number)]
+        # A term that ends here ends before what begins here.
+        parts, at = [], 0
+        for start, end, replacement in sorted(edits, key=lambda e: (e[0], e[2] != "))")):
+            parts += [text[at:start], replacement]
+            at = end
+        return "".join([*parts, text[at:]])
+
+    @contextmanager
+    def constant(self, mutant: Mutant) -> Iterator[bool]:
+        """Build one mutant in for good; says whether it compiles."""
+        text = (ROOT / mutant.path).read_text()
+        self.write(mutant.path, text[: mutant.start] + mutant.replacement + text[mutant.end :])
+        yield not self.make("race")
+        self.write(mutant.path, self.schemata(mutant.path))
 
     def make(self, build: str) -> str:
         """Bring a library up to date; return what the compiler says if it fails."""
@@ -258,7 +274,8 @@ class Tree:
             # A loop that leaves its array is a mutant, not a promise to the optimiser.
             flags = f"-include {self.path}/mutant.h -fno-aggressive-loop-optimizations"
             generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-            options = ["-DTOKRED_SIMT=ON", f"-DTOKRED_SANITIZE={BUILDS[build]}", f"-DCMAKE_CXX_FLAGS={flags}"]
+            options = ["-DTOKRED_SIMT=ON", f"-DTOKRED_SANITIZE={build}", f"-DCMAKE_CXX_FLAGS={flags}"]
+            options += ["-DCMAKE_BUILD_TYPE=Mutate", f"-DCMAKE_CXX_FLAGS_MUTATE={OPTIMISE[build]}"]
             options += [f"-DTOKRED_TORCH_DIR={Path(torch.__file__).parent}"]
             command = ["cmake", "-S", str(self.path), "-B", str(folder), *generator, *options]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -288,22 +305,33 @@ class Tree:
             "TOKRED_SIMT_THREADS": "1",
         }
         if build == "address":
-            sanitizers = (subprocess.check_output(["g++", f"-print-file-name=lib{s}.so"]) for s in ("asan", "ubsan"))
-            env["LD_PRELOAD"] = " ".join(s.decode().strip() for s in sanitizers)
-            env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.simt.mutate_forks", "-p", "no:cacheprovider"]
+            # The second for the exceptions that the first watches.
+            libraries = (f"-print-file-name={name}.so" for name in ("libasan", "libstdc++"))
+            paths = (subprocess.check_output(["g++", option], text=True).strip() for option in libraries)
+            env |= {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-p",
+            "tests.simt.mutate_forks",
+            "-p",
+            "no:cacheprovider",
+        ]
         with subprocess.Popen([*command, *tests], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout
             for line in server.stdout:
                 if line.startswith("mutant "):
-                    _, number, verdict, test = line.split(maxsplit=3)
-                    yield int(number), verdict, test.strip()
+                    _, number, verdict, test = line.rstrip("\n").split(" ", 3)
+                    yield int(number), verdict, test
                 elif line.startswith(("E ", "ERROR")):
                     print(line, end="")
 
 
-def try_all(tree: Tree, constant: dict[int, Mutant], tests: Sequence[str]) -> Iterator[tuple[Mutant, str, str]]:
-    """Yield each of the tree's mutants and each of ``constant`` with its verdict and the test behind it."""
+def try_all(tree: Tree, mutants: dict[int, Mutant], tests: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield each mutant's number with its verdict and the test behind it."""
 
     def run(build: str, numbers: Sequence[int]) -> Iterator[tuple[int, str, str]]:
         for number, verdict, test in tree.test(build, tests, [0, *numbers]):
@@ -313,25 +341,21 @@ def try_all(tree: Tree, constant: dict[int, Mutant], tests: Sequence[str]) -> It
                 raise SystemExit(f"{build} build: the tests must pass on the unchanged kernel first; {test} {verdict}")
 
     survivors: list[int] = []
-    for number, verdict, test in run("race", list(tree.mutants)):
-        if verdict == "passed" and tree.mutants[number].kind != "barrier":
+    for number, verdict, test in run("race", [n for n in mutants if n in tree.mutants]):
+        if verdict == "passed" and mutants[number].kind != "barrier":
             survivors.append(number)
         else:
-            yield tree.mutants[number], verdict, test
+            yield number, verdict, test
     if survivors:
         if output := tree.make("address"):
             raise SystemExit(output)
         for number, verdict, test in run("address", survivors):
-            yield tree.mutants[number], verdict, f"{test} (address)" if test else ""
-    for m in constant.values():
-        text = (ROOT / m.path).read_text()
-        tree.write(m.path, text[: m.start] + m.replacement + text[m.end :])
-        if tree.make("race"):
-            yield m, "invalid", ""
-        else:
-            (_, verdict, test) = next(iter(tree.test("race", tests, [0])))
-            yield m, verdict, test
-        tree.write(m.path, schemata(text, [(n, o) for n, o in tree.mutants.items() if o.path == m.path]))
+            yield number, verdict, f"{test} (address)" if test else ""
+    for number, m in mutants.items():
+        if number not in tree.mutants:
+            with tree.constant(m) as compiles:
+                verdict = next(iter(tree.test("race", tests, [0])))[1:] if compiles else ("invalid", "")
+            yield number, *verdict
 
 
 def main() -> int:
@@ -346,47 +370,41 @@ def main() -> int:
     for op in args.op:
         if op not in kernels:
             parser.error(f"no csrc/*/{op}.cu; ops with one: {', '.join(kernels)}")
-    files = set().union(*(device_files(kernels[op]) for op in args.op or kernels))
-    if args.op and not args.only:  # what is common needs the tests of all
-        files = {f for f in files if f.parts[1] != "common"}
+    files = {f for kernel in kernels.values() for f in device_files(kernel)}
+    numbered = dict(enumerate((m for path in sorted(files) for m in mutants_of(path)), start=1))
     if args.only:
-        unknown = set(map(Path, args.only)) - files
-        if unknown:
-            parser.error(f"{', '.join(map(str, unknown))} is in no kernel of {', '.join(args.op or kernels)}")
+        if unknown := set(map(Path, args.only)) - files:
+            parser.error(f"no kernel includes {', '.join(map(str, unknown))}")
         files = set(map(Path, args.only))
-
-    # Files with the same users are one job: one process collects their tests.
-    jobs: dict[tuple[str, ...], list[Mutant]] = {}
-    for path in sorted(files):
-        users = tuple(op for op, kernel in kernels.items() if path in device_files(kernel))
-        jobs.setdefault(users, []).extend(m for m in mutants_of(path) if m.kind in (args.kind or KINDS))
-    numbered = dict(enumerate((m for mutants in jobs.values() for m in mutants), start=1))
+    elif args.op:  # without what is common: that needs the tests of all
+        files = {f for op in args.op for f in device_files(kernels[op]) if f.parts[1] != "common"}
+    chosen = {n: m for n, m in numbered.items() if m.path in files and m.kind in (args.kind or KINDS)}
     if args.list:
-        print(*numbered.values(), sep="\n")
+        print(*chosen.values(), sep="\n")
         return 0
+    # Files with the same users are one job: one process collects their tests.
+    jobs: dict[tuple[str, ...], list[int]] = {}
+    for n, m in chosen.items():
+        users = tuple(op for op, kernel in kernels.items() if m.path in device_files(kernel))
+        jobs.setdefault(users, []).append(n)
 
     excused = SURVIVORS.read_text() if SURVIVORS.exists() else ""
     tree = Tree()
-    tree.fill_and_make(numbered)
-    built_in = tree.mutants
+    tree.fill(numbered)
     survivors: list[Mutant] = []
     rows: dict[str, Counter[str]] = {}
-    for users, mutants in jobs.items():
+    done = 0
+    for users, numbers in jobs.items():
         tests = [str(p.relative_to(ROOT)) for op in users for p in ROOT.glob(f"tests/*/test_{op}.py")]
-        wanted = {n: m for n, m in numbered.items() if m in mutants}
-        tree.mutants = {n: m for n, m in wanted.items() if n in built_in}
-        constant = {n: m for n, m in wanted.items() if n not in built_in}
-        done = 0
-        for m, verdict, test in try_all(tree, constant, tests):
-            done += 1
+        for n, verdict, test in try_all(tree, {n: chosen[n] for n in numbers}, tests):
+            m = chosen[n]
             if verdict == "passed":
                 verdict = "excused" if m.key in excused else "survived"
                 survivors += [m] if verdict == "survived" else []
-            row = users[0] if len(users) == 1 else str(m.path)
-            kind = "killed" if verdict in ("failed", "endless") else verdict
-            rows.setdefault(row, Counter())[kind] += 1
-            print(f"[{done}/{len(wanted)}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True)
-        tree.mutants = built_in
+            row = users[0] if len(users) == 1 else m.path.name
+            rows.setdefault(row, Counter())["killed" if verdict in ("failed", "endless") else verdict] += 1
+            done += 1
+            print(f"[{done}/{len(chosen)}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True)
 
     print("\n| kernels | mutants | killed | excused | survived | share |\n|---|---|---|---|---|---|")
     rows["all"] = sum(rows.values(), Counter())
