@@ -133,7 +133,7 @@ def code_only(text: str) -> str:
     text = re.sub(r"(?<=#ifdef TOKRED_SIMT\n).*?#endif", lambda m: emulated(m[0], blank), text, flags=re.DOTALL)
     pattern = (
         r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|static_assert\([^;]*;'
-        r"|__launch_bounds__\([^()]*\)"
+        r"|__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
     )
     return re.sub(pattern, blank, text, flags=re.DOTALL | re.MULTILINE)
 
@@ -358,11 +358,17 @@ def try_all(tree: Tree, mutants: dict[int, Mutant], tests: Sequence[str]) -> Ite
             yield number, *verdict
 
 
+def row_of(mutant: Mutant, users: Sequence[str]) -> str:
+    """Return the row of the final table: an op, or what several share."""
+    return users[0] if len(users) == 1 else mutant.path.name
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simt.mutate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("op", nargs="*", help="ops with a .cu file, such as prune_topk; default: all, and common/")
     parser.add_argument("--only", action="append", metavar="FILE", help="mutate this file only")
     parser.add_argument("--kind", choices=KINDS, action="append", help="these mutants only")
+    parser.add_argument("--excused", action="store_true", help="try those of SURVIVORS.md, too")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     args = parser.parse_args()
 
@@ -384,15 +390,18 @@ def main() -> int:
         return 0
     # Files with the same users are one job: one process collects their tests.
     jobs: dict[tuple[str, ...], list[int]] = {}
+    rows: dict[str, Counter[str]] = {}
+    excused = SURVIVORS.read_text() if SURVIVORS.exists() else ""
     for n, m in chosen.items():
         users = tuple(op for op, kernel in kernels.items() if m.path in device_files(kernel))
-        jobs.setdefault(users, []).append(n)
+        if m.key in excused and not args.excused:
+            rows.setdefault(row_of(m, users), Counter())["excused"] += 1
+        else:
+            jobs.setdefault(users, []).append(n)
 
-    excused = SURVIVORS.read_text() if SURVIVORS.exists() else ""
     tree = Tree()
     tree.fill(numbered)
     survivors: list[Mutant] = []
-    rows: dict[str, Counter[str]] = {}
     done = 0
     for users, numbers in jobs.items():
         tests = [str(p.relative_to(ROOT)) for op in users for p in ROOT.glob(f"tests/*/test_{op}.py")]
@@ -401,10 +410,14 @@ def main() -> int:
             if verdict == "passed":
                 verdict = "excused" if m.key in excused else "survived"
                 survivors += [m] if verdict == "survived" else []
-            row = users[0] if len(users) == 1 else m.path.name
-            rows.setdefault(row, Counter())["killed" if verdict in ("failed", "endless") else verdict] += 1
+            elif m.key in excused:
+                verdict = "wrongly excused"
+            counted_as = "killed" if verdict in ("failed", "endless") else verdict
+            rows.setdefault(row_of(m, users), Counter())[counted_as] += 1
             done += 1
-            print(f"[{done}/{len(chosen)}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True)
+            print(
+                f"[{done}/{sum(map(len, jobs.values()))}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True
+            )
 
     print("\n| kernels | mutants | killed | excused | survived | share |\n|---|---|---|---|---|---|")
     rows["all"] = sum(rows.values(), Counter())

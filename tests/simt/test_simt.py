@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ FLAGS = [
     *(f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}", "-isystem", str(Path(torch.__file__).parent / "include")),
 ]
 SEEDS = range(3)
+LIBRARIES = ("libasan", "libstdc++")  # to preload; the second for exceptions
 
 
 class Selftest:
@@ -305,6 +307,7 @@ ERRORS = {
     "bad_shared_past_end": r"shared memory out of bounds: byte 512 of 512",
     "bad_shared_before_start": r"shared memory (written )?out of bounds",
     "bad_null": r"access to the invalid address 0",
+    "bad_left_array": r"__trap.*thread \(3,0,0\)",
     "bad_trap": r"__trap.*thread \(3,0,0\)",
     "bad_storage": r"the kernel's shared storage has 512 bytes, the launch gave 508",
     "bad_block_size": r"block \(1025,1,1\) does not have 1 to 1024 threads",
@@ -335,6 +338,10 @@ RACES = {
     "race_global_in_block": r"race: .*global memory",
     "race_bytes": r"race: write \(1 bytes\)",
 }
+ADDRESS = {
+    "address_global_past_end": "heap-buffer-overflow",
+    "address_global_before_start": "heap-buffer-overflow",
+}
 
 
 def message_of(build, name):
@@ -358,7 +365,54 @@ def test_race(builds, seed, name):
 
 def test_every_wrong_kernel_is_tested(builds):
     wrong = {name for name in builds["race"].names if not name.startswith("ok_")}
-    assert wrong == set(ERRORS) | set(RACES)
+    assert wrong == set(ERRORS) | set(RACES) | set(ADDRESS)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Run kernels, one after the other, in a process of their own with the address build; returns what it says."""
+    library = tmp_path_factory.mktemp("simt") / "address.so"
+    flags = [*FLAGS, "-O1", "-fsanitize=address", "-DTOKRED_SANITIZE"]
+    sources = [*sorted(HERE.glob("*.cpp")), HERE / "selftest" / "selftest.cu"]
+    jobs = [[CXX, *flags, "-x", "c++", "-c", str(f), "-o", str(library.with_name(f"{f.stem}.o"))] for f in sources]
+    running = [subprocess.Popen(job) for job in jobs]
+    assert [process.wait() for process in running] == [0] * len(jobs)
+    objects = [job[-1] for job in jobs]
+    subprocess.run(
+        [CXX, "-shared", "-fsanitize=address", *objects, "-o", str(library), "-ldl", "-lpthread"], check=True
+    )
+    preload = [subprocess.check_output([CXX, f"-print-file-name={lib}.so"], text=True).strip() for lib in LIBRARIES]
+    script = """
+import ctypes, sys
+lib = ctypes.CDLL(sys.argv[1])
+lib.selftest_run.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+libc = ctypes.CDLL(None)  # of Python's own memory the sanitizer knows nothing
+libc.calloc.restype = ctypes.c_void_p
+a, out = libc.calloc(4096, 4), libc.calloc(4096, 4)
+for name in sys.argv[2:]:
+    print(name, lib.selftest_run(name.encode(), a, None, out, 4096), flush=True)
+"""
+
+    def run(*names):
+        env = os.environ | {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [sys.executable, "-c", script, str(library), *names]
+        return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    return run
+
+
+@pytest.mark.parametrize("name", ADDRESS)
+def test_address(address, name):
+    said = address("ok_own_array", name)
+    assert "ok_own_array 0" in said, said
+    assert f"AddressSanitizer: {ADDRESS[name]}" in said and re.search(rf"{name}.*selftest.cu:\d+", said), said
+
+
+def test_address_sees_shared_memory_and_no_ghosts(address):
+    """The guard page works there, too, and stacks of fibers that were left for good carry no poison on."""
+    said = address("bad_shared_past_end", *["bad_left_array", "ok_own_array"] * 3)
+    assert "shared memory out of bounds: byte 512 of 512" in said, said
+    assert said.count("ok_own_array 0") == 3 and "AddressSanitizer" not in said, said
 
 
 def test_poison_shows_what_nobody_wrote(builds):
