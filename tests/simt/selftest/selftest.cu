@@ -464,7 +464,7 @@ BAD(bad_loop_counts, 32, for (int i = 0; i <= lane / 31; ++i) __syncwarp(););
 
 // Memory.
 BAD(bad_shared_past_end, 32, (&shared.v[0])[rank + 128 - 31] = 1;);
-BAD(bad_local_index, 32, int own[4]; for (int i = 0; i <= 4; ++i) own[i] = in[i]; out[rank] = own[in[0] % 4];);
+BAD(bad_local_index, 32, int own[4]; for (int i = 0; i <= 4 + in[0]; ++i) own[i] = in[i]; out[rank] = own[in[0] % 4];);
 BAD(bad_shared_before_start, 32, (&shared.v[0])[rank - 31] = 1;);
 BAD(bad_null, 32, int* p = nullptr; asm volatile("" : "+r"(p)); if (lane == 3) * p = 1;);
 BAD(bad_trap, 32, if (lane == 3) __trap(););
