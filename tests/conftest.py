@@ -22,6 +22,12 @@ else:
     elif REQUIRE_CUDA:
         raise RuntimeError("TOKRED_REQUIRE_CUDA=1, but torch sees no CUDA device")
 
+
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    if SIMT and exitstatus != 0:  # the order of threads is a function of this
+        terminalreporter.write_line(f"repeat with TOKRED_SIMT_SEED={os.environ.get('TOKRED_SIMT_SEED', '0')}")
+
+
 settings.register_profile("tokred", max_examples=10 if SIMT else 40, deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("tokred")
 

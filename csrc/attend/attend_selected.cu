@@ -71,9 +71,8 @@ __device__ inline Place locate(const AttendSelectedArgs& a, const Launch& launch
   const int64_t group = attend_group(a);
   at.first_head = at.unit * group;
   at.kv_head = at.first_head / (a.num_q_heads / a.num_kv_heads);
-  const int64_t rows = group * a.q_len - at.row0, entries = a.num_listed - at.split * p.split;
-  at.rows = static_cast<int>(rows < kRows ? rows : kRows);
-  at.entries = static_cast<int>(entries < p.split ? entries : p.split);
+  at.rows = static_cast<int>(min(group * a.q_len - at.row0, int64_t{kRows}));
+  at.entries = static_cast<int>(min(a.num_listed - at.split * p.split, p.split));
   return at;
 }
 

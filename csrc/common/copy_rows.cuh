@@ -144,7 +144,7 @@ __device__ inline void copy_chunk(const CopyPlan<kMaxTensors>& plan, const RowTe
   const RowTensor& tensor = tensors[t];
   const int64_t units = batch_size * tensor.num_heads * slots * (tensor.row_bytes / plan.width[t]);
   const int64_t first = (chunk_idx - plan.first_chunk[t]) * kCopyChunk;
-  const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
+  const int64_t last = min(first + kCopyChunk, units);
   copy_range(tensor, plan.width[t], slots, first, last,
              [&](int64_t batch, int64_t head, int64_t slot) -> int64_t { return source(t, batch, head, slot); });
 }

@@ -61,7 +61,7 @@ struct TopkBound {
   int num_ties;
 };
 
-// Called by all threads of the block; 1 <= k <= number of keys. Valid in every thread.
+// Called by all threads of the block; 0 <= k <= number of keys. Valid in every thread.
 template <typename Keys>
 __device__ inline TopkBound block_topk_bound(const Keys& keys, int k, BlockTopkScratch& scratch) {
   const int num_warps = num_threads_in_block() / kWarpSize, lane = lane_index(), warp = warp_index();

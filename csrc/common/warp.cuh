@@ -34,21 +34,13 @@ struct Add {
 struct Max {  // of a NaN and a number, the number
   template <typename T>
   __device__ T operator()(T a, T b) const {
-    if constexpr (std::is_same_v<T, float>) {
-      return fmaxf(a, b);
-    } else {
-      return a < b ? b : a;
-    }
+    return max(a, b);
   }
 };
 struct Min {  // of a NaN and a number, the number
   template <typename T>
   __device__ T operator()(T a, T b) const {
-    if constexpr (std::is_same_v<T, float>) {
-      return fminf(a, b);
-    } else {
-      return b < a ? b : a;
-    }
+    return min(a, b);
   }
 };
 

@@ -55,8 +55,7 @@ __device__ inline int select_row(const PruneTopkArgs& args, int64_t batch_idx, S
   const int64_t mask_offset = args.cu_seqlens ? row.begin : batch_idx * args.num_tokens;
   const T* score = static_cast<const T*>(args.score) + batch_idx * args.stride_score;
   const Eligible eligible = block_eligible(args, mask_offset, len, shared.topk.block);
-  const int k = static_cast<int>(args.k < eligible.count ? args.k : eligible.count);
-  if (k == 0) return 0;  // the same in the whole block
+  const int k = static_cast<int>(min(args.k, int64_t{eligible.count}));
   const auto key_at = [&](int token) {
     return token_key(score, row.begin, args, mask_offset, token, eligible.crowded);
   };
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_fused_kernel(
     const RowTensor& tensor = args.tensors[t];
     const int width = copy_width(tensor);
     const int64_t units = k * (tensor.row_bytes / width), share = ceil_div<int64_t>(units, splits);
-    const int64_t first = split * share, last = first + share < units ? first + share : units;
+    const int64_t first = split * share, last = min(first + share, units);
     copy_range(tensor, width, k, batch_idx * units + first, batch_idx * units + last,
                [&](int64_t, int64_t, int64_t slot) -> int64_t { return kept[slot] < 0 ? -1 : begin + kept[slot]; });
   }
@@ -145,14 +144,11 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads)
   const int64_t slots = int64_t{num_chunks} * chunk_slots;
   uint32_t* out_key = args.workspace + batch_idx * slots + int64_t{chunk} * chunk_slots;
   uint32_t* out_token = out_key + args.batch_size * slots;
-  int count = 0;
-  if (eligible > 0) {
-    const TopkBound bound = block_topk_bound(keys, min(chunk_slots, eligible), shared.topk);
-    count = block_topk_emit(keys, bound, shared.topk, [&](int slot, int token) {
-      out_token[slot] = static_cast<uint32_t>(first) + static_cast<uint32_t>(token);
-      out_key[slot] = token_key(score, first, args, batch_idx * args.num_tokens + first, token, false);
-    });
-  }
+  const TopkBound bound = block_topk_bound(keys, min(chunk_slots, eligible), shared.topk);
+  const int count = block_topk_emit(keys, bound, shared.topk, [&](int slot, int token) {
+    out_token[slot] = static_cast<uint32_t>(first) + static_cast<uint32_t>(token);
+    out_key[slot] = token_key(score, first, args, batch_idx * args.num_tokens + first, token, false);
+  });
   for (int slot = count + static_cast<int>(threadIdx.x); slot < chunk_slots; slot += static_cast<int>(blockDim.x)) {
     out_key[slot] = kKeyExcluded;
     out_token[slot] = 0;
@@ -176,12 +172,9 @@ __global__ void __launch_bounds__(kPruneTopkMaxThreads) prune_topk_merge_kernel(
   }
   eligible = block_sum(eligible, shared.topk.block);
   const int k = min(static_cast<int>(args.k), eligible);
-  int count = 0;
-  if (k > 0) {
-    int64_t* out = args.kept_idx + batch_idx * args.k;
-    count = block_topk_emit(keys, block_topk_bound(keys, k, shared.topk), shared.topk,
-                            [&](int slot, int at) { out[slot] = token[at]; });
-  }
+  int64_t* out = args.kept_idx + batch_idx * args.k;
+  const int count = block_topk_emit(keys, block_topk_bound(keys, k, shared.topk), shared.topk,
+                                    [&](int slot, int at) { out[slot] = token[at]; });
   finish_row(args, batch_idx, count);
 }
 
@@ -239,7 +232,7 @@ int prune_topk_cuda(const PruneTopkArgs& args, CUstream_st* stream) {
   int error = cudaErrorInvalidValue;
   dispatch_float(args.score_dtype,
                  [&](auto tag) { error = select<typename decltype(tag)::type>(args, policy, stream); });
-  if (error != cudaSuccess || policy.fused || args.k == 0) return error;
+  if (error != cudaSuccess || policy.fused) return error;
   const auto plan = plan_copy<kPruneTopkMaxTensors>(args.tensors, args.num_tensors, args.batch_size, args.k);
   if (!plan.fits) return cudaErrorInvalidValue;
   return launch(prune_topk_copy_kernel, dim3(static_cast<unsigned>(plan.first_chunk[plan.num_tensors])),

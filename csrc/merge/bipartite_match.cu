@@ -271,7 +271,6 @@ __global__ void __launch_bounds__(kThreads, kVectorLoads && sizeof(T) == 2 ? 3 :
     step = 0;
     ++tile;
   }
-  cp_async_wait<0>();
   block_join(best, first_row, warp_index() / 2, shared);
   const int row = static_cast<int>(threadIdx.x);
   if (row < kSrc && src_begin + row < num_src) {
@@ -283,21 +282,18 @@ __global__ void __launch_bounds__(kThreads, kVectorLoads && sizeof(T) == 2 ? 3 :
 }  // namespace
 
 int bipartite_match_cuda(const BipartiteMatchArgs& args, CUstream_st* stream) {
-  if (args.batch_size == 0 || args.num_tokens == 0) return cudaSuccess;
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
   const BipartiteMatchPolicy policy = choose_policy(args, reinterpret_cast<uint64_t>(args.metric));
   int error = cudaSuccess;
-  if (policy.match_blocks > 0) {
-    dispatch_float(args.dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      const dim3 grid(static_cast<unsigned>(policy.match_blocks)), block(kThreads);
-      error = policy.vector_loads ? launch(bipartite_match_kernel<T, true>, grid, block, sizeof(MatchStorage), stream,
-                                           args, policy.num_splits)
-                                  : launch(bipartite_match_kernel<T, false>, grid, block, sizeof(MatchStorage), stream,
-                                           args, policy.num_splits);
-    });
-    if (error != cudaSuccess) return error;
-  }
+  dispatch_float(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const dim3 grid(static_cast<unsigned>(policy.match_blocks)), block(kThreads);
+    error = policy.vector_loads ? launch(bipartite_match_kernel<T, true>, grid, block, sizeof(MatchStorage), stream,
+                                         args, policy.num_splits)
+                                : launch(bipartite_match_kernel<T, false>, grid, block, sizeof(MatchStorage), stream,
+                                         args, policy.num_splits);
+  });
+  if (error != cudaSuccess) return error;
   if (args.order == MatchOrder::kScore) {
     const int64_t blocks = ceil_div<int64_t>(sets.num_src, kBipartiteRankThreads);
     return launch(bipartite_rank_kernel, dim3(static_cast<unsigned>(args.batch_size * blocks)),

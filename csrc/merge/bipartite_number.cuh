@@ -14,8 +14,8 @@ __device__ inline int block_first_free(const uint8_t* protect, const BipartiteSe
   if (!protect) return 0;
   const int num_dst = static_cast<int>(sets.candidate_dst());
   int first = num_dst;
-  for (int j = static_cast<int>(threadIdx.x); j < num_dst && first == num_dst; j += static_cast<int>(blockDim.x)) {
-    if (!protect[2 * (sets.first_dst + j) + 1]) first = j;
+  for (int j = static_cast<int>(threadIdx.x); j < num_dst; j += static_cast<int>(blockDim.x)) {
+    if (!protect[2 * (sets.first_dst + j) + 1]) first = min(first, j);
   }
   first = block_min(first, scratch);
   return first < num_dst ? first : 0;
@@ -94,11 +94,10 @@ __global__ void __launch_bounds__(kBipartiteNumberThreads)
 
   const auto number = [&](const auto& keys) {
     const int r = static_cast<int>(args.r);
-    TopkBound bound{0xffffffffu, 0};  // no key is as large
-    if (r > 0) bound = block_topk_bound(keys, r, shared.topk);
+    const TopkBound bound = block_topk_bound(keys, r, shared.topk);
     int gone = 0, ties = 0;  // merged and tied, in the tiles before this one
     keys.for_each_tile([&](int i, uint32_t key) {
-      const int above = i < n && key > bound.bound, tied = i < n && key == bound.bound;
+      const int above = key > bound.bound, tied = key == bound.bound;
       int total;
       const int before = block_exclusive_scan((above << 16) | tied, shared.topk.block, &total);  // at most 1024 each
       const int ties_before = ties + (before & 0xffff);

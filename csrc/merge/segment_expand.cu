@@ -11,7 +11,7 @@ namespace {
 __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)
     segment_expand_kernel(const SegmentExpandArgs args, int width, int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * kCopyChunk;
-  const int64_t last = first + kCopyChunk < units ? first + kCopyChunk : units;
+  const int64_t last = min(first + kCopyChunk, units);
   const SegmentExpandSource source{args.dst_idx, args.num_tokens, args.num_out};
   copy_range(args.rows, width, args.num_tokens, first, last, source);
 }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(512)
 template <bool kMax>
 __device__ inline float accumulate(float acc, float coef, float value) {
   if constexpr (kMax) {
-    return (acc < value || value != value) && acc == acc ? value : acc;  // NaN stays
+    return acc < value || value != value ? value : acc;  // NaN stays: nothing is larger
   } else {
     return acc + coef * value;
   }

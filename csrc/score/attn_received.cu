@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
   const int last_of_block = min(block_row + block_rows, num_rows) - 1;
   const int begin = split * split_keys;
   const int end = begin + min(split_keys, seen_by(args, block_row, last_of_block).most - begin);
-  const int num_tiles = end > begin ? ceil_div(end - begin, C::kTile) : 0;
+  const int num_tiles = ceil_div(max(end - begin, 0), C::kTile);
   Seen seen{0, 0};  // by the warp's rows; rows past the last are not written, so they need no mask
   if (row0 < num_rows) seen = seen_by(args, row0, min(row0 + C::kRowsPerWarp, num_rows) - 1);
   seen.most = min(seen.most, end);
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
   const int key0 = block_key + warp_index() * C::kRowsPerWarp;
   // The first query that sees the block's first key.
   const int64_t first_seeing = args.causal ? int64_t{block_key} - q_start : 0;
-  const int q_begin = static_cast<int>(first_seeing < 0 ? 0 : first_seeing < q_len ? first_seeing : q_len);
+  const int q_begin = static_cast<int>(min(max(first_seeing, int64_t{0}), int64_t{q_len}));
   const int tiles_per_head = ceil_div(q_len - q_begin, C::kTile);
   const int num_tiles = tiles_per_head * static_cast<int>(args.group());
 

@@ -101,6 +101,19 @@ def test_masks(device, num_tokens):
     check(x, score, num_tokens // 3, keep_mask=keep)
 
 
+def test_long_rows_with_excluded_tokens(device):
+    """A row of several chunks: some without a token that may be kept, one row without any."""
+    score = torch.randn(3, 33001).round(decimals=2).to(device)
+    drop = torch.rand(3, 33001).lt(0.3)
+    drop[0, :17000], drop[1], drop[2, 40:] = True, True, True
+    check(torch.randn(3, 33001, 1, device=device), score, 300, drop_mask=drop.to(device), return_num_kept=True)
+
+
+def test_as_many_companions_as_there_may_be(device):
+    others = [torch.randn(2, 40, n, device=device) for n in range(15)]
+    check(torch.randn(2, 40, 3, device=device), torch.randn(2, 40, device=device), 7, others=others)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 8, 33, 100])
 def test_row_dtypes(device, dim):
     score = torch.randn(2, 19, device=device)

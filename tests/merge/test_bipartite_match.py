@@ -225,6 +225,10 @@ def test_zero_nan_inf(device, num_tokens, dtype, simt):
     protect = torch.zeros(4, num_tokens, dtype=torch.bool, device=device)
     protect[:, 1:4] = True
     assert (tokred.bipartite_match(metric, 1, protect=protect, return_score=True)[1][2, ::2] == 5).all()
+    protect[:, 1::2] = True  # no destination is left: the first one
+    assert (
+        tokred.bipartite_match(metric, 1, protect=protect, return_score=True)[1][2, ::2][~protect[2, ::2]] == 1
+    ).all()
     # Without a bound on the norm a zero vector has no direction, as in ToMe.
     score = tokred.bipartite_match(metric, 0, eps=0.0, return_score=True)[2]
     assert score[3, ::2].isnan().all()
@@ -237,6 +241,7 @@ def test_minus_infinity_is_a_number(device):
     metric[0, 1::2, 0] = torch.tensor([float("nan"), 3e38, 3e38, float("nan")])
     check(metric, 2, normalize=False, exact=True)
     metric[0, 3] = float("nan")
+    check(metric, 2, normalize=False, exact=True)
     metric[0, 5] = float("nan")
     check(metric, 2, normalize=False, exact=True)
 
@@ -334,14 +339,16 @@ def test_empty(device):
     assert (match_idx[:, ::2] == 1).all()
 
 
-def test_long(device, simt):
-    """More sources than one block keeps, several tiles and splits."""
-    num_tokens = 1100 if simt else 9000
-    metric = planted(1, num_tokens, 3, torch.float32, device)
-    for order in ORDERS:
-        actual = tokred.bipartite_match(metric, num_tokens // 5, normalize=False, order=order, return_score=True)
-        expected = reference(metric, num_tokens // 5, normalize=False, order=order, return_score=True)
-        assert_close(actual, expected, rtol=0, atol=0)
+@pytest.mark.parametrize("num_tokens", [1100, 2053, 8195])
+def test_long(device, num_tokens, simt):
+    """Several tiles and splits; 1,024 and 4,096 sources are what one block keeps."""
+    metric = planted(1, num_tokens, 3, torch.bfloat16, device)
+    protect = torch.rand(1, num_tokens, device=device) < 0.1
+    for order in ORDERS[:1] if simt and num_tokens > 2000 else ORDERS:
+        for mask in (protect,) if simt and num_tokens > 8000 else (None, protect):
+            options = {"protect": mask, "normalize": False, "order": order, "return_score": True}
+            actual = tokred.bipartite_match(metric, num_tokens // 5, **options)
+            assert_close(actual, reference(metric, num_tokens // 5, **options), rtol=0, atol=0)
 
 
 def test_backward_raises(device):

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DTOKRED_SIMT"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE / 'include'}", *INCLUDES),
 ]
+LIBRARIES = ("libasan", "libstdc++")  # to preload; the second for exceptions
 BUILDS = ["plain", "race", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -73,7 +75,7 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simt")
     jobs = [[CXX, *FLAGS, "-c", str(f), "-o", str(folder / f"{f.stem}.o")] for f in sorted(HERE.glob("*.cpp"))]
     parts = [job[-1] for job in jobs]
-    for build, flags in (("plain", []), ("race", ["-fsanitize=thread"])):
+    for build, flags in (("plain", []), ("race", ["-fsanitize=thread", "-fsanitize=bounds-strict"])):
         jobs.append([CXX, *FLAGS, *flags, "-x", "c++", "-c", str(SOURCE), "-o", str(folder / f"selftest_{build}.o")])
     running = [subprocess.Popen(job) for job in jobs]
     assert [process.wait() for process in running] == [0] * len(jobs)
@@ -81,6 +83,39 @@ def emulated(tmp_path_factory):
         inputs = [str(folder / f"selftest_{build}.o"), *parts]
         subprocess.run([CXX, "-shared", *inputs, "-o", str(folder / f"{build}.so"), "-ldl", "-lpthread"], check=True)
     return {build: Selftest(build, folder / f"{build}.so") for build in ("plain", "race")}
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory):
+    """Run kernels, one after the other, in a process of their own with the address build; returns what it says."""
+    library = tmp_path_factory.mktemp("simt") / "address.so"
+    flags = [*FLAGS, "-O1", "-fsanitize=address", "-DTOKRED_SANITIZE"]
+    sources = [*sorted(HERE.glob("*.cpp")), SOURCE]
+    jobs = [[CXX, *flags, "-x", "c++", "-c", str(f), "-o", str(library.with_name(f"{f.stem}.o"))] for f in sources]
+    running = [subprocess.Popen(job) for job in jobs]
+    assert [process.wait() for process in running] == [0] * len(jobs)
+    objects = [job[-1] for job in jobs]
+    subprocess.run(
+        [CXX, "-shared", "-fsanitize=address", *objects, "-o", str(library), "-ldl", "-lpthread"], check=True
+    )
+    preload = [subprocess.check_output([CXX, f"-print-file-name={lib}.so"], text=True).strip() for lib in LIBRARIES]
+    script = """
+import ctypes, sys
+lib = ctypes.CDLL(sys.argv[1])
+lib.selftest_run.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+libc = ctypes.CDLL(None)  # of Python's own memory the sanitizer knows nothing
+libc.calloc.restype = ctypes.c_void_p
+a, out = libc.calloc(4096, 4), libc.calloc(4096, 4)
+for name in sys.argv[2:]:
+    print(name, lib.selftest_run(name.encode(), a, None, out, 4096), flush=True)
+"""
+
+    def run(*names):
+        env = os.environ | {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [sys.executable, "-c", script, str(library), *names]
+        return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ ERRORS = {
     "bad_shared_past_end": r"shared memory out of bounds: byte 512 of 512",
     "bad_shared_before_start": r"shared memory (written )?out of bounds",
     "bad_null": r"access to the invalid address 0",
+    "bad_left_array": r"__trap.*thread \(3,0,0\)",
     "bad_trap": r"__trap.*thread \(3,0,0\)",
     "bad_storage": r"the kernel's shared storage has 512 bytes, the launch gave 508",
     "bad_block_size": r"block \(1025,1,1\) does not have 1 to 1024 threads",
@@ -47,6 +48,7 @@ ERRORS = {
     "bad_ldmatrix_target": r"ldmatrix: the row's address is not in shared memory",
 }
 RACES = {
+    "bad_local_index": r"array index 4 out of bounds",
     "bad_unwritten": r"shared memory is read that nobody wrote",
     "bad_async_wait_short": r"before its cp.async was waited for|written by a cp.async",
     "bad_async_no_barrier": r"race: .*without a barrier between|nobody wrote",
@@ -63,6 +65,10 @@ RACES = {
     "race_across_blocks": r"race: .*written by block \(0,0,0\) of the same launch",
     "race_global_in_block": r"race: .*global memory",
     "race_bytes": r"race: write \(1 bytes\)",
+}
+ADDRESS = {
+    "address_global_past_end": "heap-buffer-overflow",
+    "address_global_before_start": "heap-buffer-overflow",
 }
 
 
@@ -89,7 +95,21 @@ def test_race(emulated, seed, name):
 
 def test_every_wrong_kernel_is_tested(emulated):
     wrong = {name for name in emulated["race"].names if not name.startswith("ok_")}
-    assert wrong == set(ERRORS) | set(RACES)
+    assert wrong == set(ERRORS) | set(RACES) | set(ADDRESS)
+
+
+@pytest.mark.parametrize("name", ADDRESS)
+def test_address(address, name):
+    said = address("ok_own_array", name)
+    assert "ok_own_array 0" in said, said
+    assert f"AddressSanitizer: {ADDRESS[name]}" in said and re.search(rf"{name}.*selftest.cu:\d+", said), said
+
+
+def test_address_sees_shared_memory_and_no_ghosts(address):
+    """The guard page works there, too, and stacks of fibers that were left for good carry no poison on."""
+    said = address("bad_shared_past_end", *["bad_left_array", "ok_own_array"] * 3)
+    assert "shared memory out of bounds: byte 512 of 512" in said, said
+    assert said.count("ok_own_array 0") == 3 and "AddressSanitizer" not in said, said
 
 
 def test_poison_shows_what_nobody_wrote(emulated):

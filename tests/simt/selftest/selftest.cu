@@ -463,7 +463,8 @@ BAD(bad_shuffle_width, 32, out[lane] = __shfl_sync(kFullMask, lane, 0, 12););
 BAD(bad_loop_counts, 32, for (int i = 0; i <= lane / 31; ++i) __syncwarp(););
 
 // Memory.
-BAD(bad_shared_past_end, 32, shared.v[rank + 128 - 31] = 1;);
+BAD(bad_shared_past_end, 32, (&shared.v[0])[rank + 128 - 31] = 1;);
+BAD(bad_local_index, 32, int own[4]; for (int i = 0; i <= 4 + in[0]; ++i) own[i] = in[i]; out[rank] = own[in[0] % 4];);
 BAD(bad_shared_before_start, 32, (&shared.v[0])[rank - 31] = 1;);
 BAD(bad_null, 32, int* p = nullptr; asm volatile("" : "+r"(p)); if (lane == 3) * p = 1;);
 BAD(bad_trap, 32, if (lane == 3) __trap(););
@@ -486,6 +487,15 @@ BAD(bad_cp_async_target, 32, cp_async_16(out, in););
 BAD(bad_ldmatrix_alignment, 32, uint32_t r[4]; for (int i = lane; i < 128; i += 32) shared.v[i] = 0; __syncwarp();
     ldmatrix_x4(r, &shared.v[lane]););
 BAD(bad_ldmatrix_target, 32, uint32_t r[2]; ldmatrix_x2(r, in););
+
+// A fiber that never leaves this frame, and one that uses the same stack in another way.
+BAD(bad_left_array, 32, int own[40]; for (int i = 0; i < 40; ++i) own[i] = in[i]; if (lane == 3) __trap();
+    out[lane] = own[in[0] % 40];);
+BAD(ok_own_array, 32, int own[400]; for (int i = 0; i < 400; ++i) own[i] = in[i] + lane;
+    out[64 * blockIdx.x + lane] = own[in[0] % 400];);
+// What only the address build sees.
+BAD(address_global_past_end, 32, out[4096 - 31 + lane] = 1;);
+BAD(address_global_before_start, 32, if (in[lane - 1] != 7) out[lane] = 1;);
 
 // What the poison shows in every build, and the race build names.
 BAD(bad_unwritten, 32, out[lane] = shared.v[lane];);
