@@ -216,7 +216,7 @@ def test_a_gpu_for_minutes_gets_core_rows_of_every_op(op):
     assert not any(case.reach for case in module.cases("cuda", False)), "the aims are those of the CPU"
 
 
-def test_core_rows_of_a_gpu_take_three_minutes_at_most():
+def test_core_rows_of_a_gpu_fit_their_budget():
     """0.3 s of timing per candidate and a second for making and checking each case; compilation is budgeted with 8 s."""
     seconds = 0.0
     for path in FILES.values():
@@ -224,7 +224,7 @@ def test_core_rows_of_a_gpu_take_three_minutes_at_most():
             if case.core:
                 candidates = len(case.run) + len(case.peers) + len(case.compiled)
                 seconds += 1 + 0.5 * candidates + 8 * (len(case.compiled) + ("flex_attention" in case.peers))
-    assert seconds < 180
+    assert seconds < 160  # of three minutes
 
 
 @pytest.mark.parametrize("op", FILES)
