@@ -130,7 +130,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             dtype=dtype_word(dtype),
             make=partial(make_with_lse if kind == "lse" else make_inputs, device=device, dtype=dtype, size=size),
             **{"reference": by_head, "compare": received, **forms[kind]},
-            compiled=("eager softmax",) if not kind and q_len == 577 else (),
+            compiled=("eager softmax",) if not kind and q_len == 577 and (b > 1 or not cuda) else (),
             # Eager rounds bfloat16 logits to 8 bits before the softmax; the sums average that out.
             tolerance=(1e-4, 1e-5) if dtype == F32 else (5e-2, 5e-3),
             reach=reach,

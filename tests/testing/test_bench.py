@@ -216,7 +216,7 @@ def test_a_gpu_for_minutes_gets_core_rows_of_every_op(op):
     assert not any(case.reach for case in module.cases("cuda", False)), "the aims are those of the CPU"
 
 
-def test_core_rows_of_a_gpu_take_three_minutes_at_most():
+def test_core_rows_of_a_gpu_fit_their_budget():
     """0.3 s of timing per candidate and a second for making and checking each case; compilation is budgeted with 8 s."""
     seconds = 0.0
     for path in FILES.values():
@@ -224,7 +224,7 @@ def test_core_rows_of_a_gpu_take_three_minutes_at_most():
             if case.core:
                 candidates = len(case.run) + len(case.peers) + len(case.compiled)
                 seconds += 1 + 0.5 * candidates + 8 * (len(case.compiled) + ("flex_attention" in case.peers))
-    assert seconds < 180
+    assert seconds < 160  # of three minutes
 
 
 @pytest.mark.parametrize("op", FILES)
@@ -242,3 +242,36 @@ def test_every_op_by_graph_replay_on_a_stand_in(op):
             assert row.memory["tokred"] >= outputs > 0
         rows = bench.measure_overhead(case, CudaTimer(api), Peers("cpu", wanted=["aten"]), smoke=True)
         assert [row.device for row in rows] == ["cuda"] * 3
+
+
+def test_a_row_says_what_was_not_captured():
+    right = _registry.op("segment_expand").module.reference
+
+    def waits(y, dst_idx):
+        return right(y, dst_idx) + 0 * (dst_idx == 0).nonzero().shape[0]
+
+    api = FakeCuda()
+    with api.watch():
+        case = add_case(note="two rows")
+        case.run["peer"] = waits
+        row = bench.measure(case, CudaTimer(api), CEILINGS, Peers("cpu"), smoke=True)
+    assert row.how == {"tokred": "graph", "peer": "events"}
+    assert row.note == (
+        "two rows; peer not captured: waits for the GPU (called a synchronizing CUDA operation); timed by events"
+    )
+
+
+def test_a_plug_in_that_is_wrong_in_replay_is_left_out(tmp_path):
+    """Its eager output was right; in the graph it is stale, as a buffer of its own would be."""
+    text = HEAD + (
+        "kept = {}\n"
+        "def run(y, d):\n"
+        "    if id(y) not in kept: kept[id(y)] = y[:, d[0]]\n"
+        "    return kept[id(y)]\n"
+        "OPS = {'segment_expand': Peer(run)}"
+    )
+    api = FakeCuda()
+    with api.watch():
+        row = bench.measure(add_case(peers=("lib",)), CudaTimer(api), CEILINGS, plug_in(tmp_path, text), smoke=True)
+    assert row.how == {"tokred": "graph", "peer": "graph"}
+    assert row.skipped["lib"].startswith("AssertionError: segment_expand tiny float32: lib against the reference")

@@ -141,7 +141,7 @@ def test_timers_time(device):
     assert done.calls == 3 and done.how == ("loop" if device == "cpu" else "graph")
     assert timer.seconds(done) > 0 and timer.queueing(torch.relu, inputs[0], 3) > 0
     memory = timer.peak_memory(torch.relu, (torch.randn(4 << 20, device=device),))
-    assert memory is None or abs(memory - (16 << 20)) < (1 << 20)
+    assert memory is None or abs(memory - (16 << 20)) < (2 << 20)
 
 
 def test_candidates_take_turns():

@@ -28,7 +28,7 @@ class Options:
         seconds: Aimed at per candidate and row.
         core: Only the rows of the core matrix.
         smoke: Tiny sizes, only that everything runs.
-        json: Where to write the results, after each op.
+        json: Where to write the results, after each case.
     """
 
     device: str = "cpu"
@@ -116,6 +116,8 @@ def run(files: Mapping[str, Path], peers: Peers, options: Options) -> tuple[Resu
             failures.append(f"{what}: {type(error).__name__}: {text}")
             lines.append(f"FAILED {failures[-1]}")
         progress.end("\n".join(lines))
+        if options.json:  # a run that is cut short keeps what it has measured
+            save(results, options.json)
         if options.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -128,6 +130,4 @@ def run(files: Mapping[str, Path], peers: Peers, options: Options) -> tuple[Resu
                 attempt(f"{op} {case.name} {case.dtype}", partial(one, case, ceiling))
         tiny = next(iter(load_file(path).cases(options.device, True)))
         attempt(f"{op} call overhead", partial(measure_overhead, tiny, timer, peers, smoke=options.smoke))
-        if options.json:  # after each op: a run that is cut short keeps what it has measured
-            save(results, options.json)
     return results, failures
