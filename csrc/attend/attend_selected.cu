@@ -104,7 +104,7 @@ __device__ inline void warp_copy_rows(typename Tile<T, kDim>::Rows& to, const Kv
   }
   for (int row = 0; row < K::kKeys; ++row) {
     const int32_t s = slot[row];
-    const T* source = s >= 0 ? from + x.slot_offset(s, page_shift) : from;
+    const T* source = from + x.slot_offset(max(s, 0), page_shift);
     for (int c = lane_index(); c < padded; c += kWarpSize) to[row][c] = s >= 0 && c < dim ? source[c] : T(0.f);
   }
 }

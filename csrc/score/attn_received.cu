@@ -355,7 +355,7 @@ int launch_passes(const AttnReceivedArgs& a, CUstream_st* stream) {
     }
   }
   const int64_t key_blocks = ceil_div<int64_t>(a.kv_len, policy.warps_received * C::kRowsPerWarp);
-  if (error != cudaSuccess || a.kv_len == 0) return error;
+  if (error != cudaSuccess) return error;
   return launch(attn_received_kernel<T, kDim>, blocks(heads * key_blocks), policy.warps_received * 32,
                 sizeof(AttnStorage<T, kDim>), stream, a, static_cast<int>(key_blocks), aligned);
 }

@@ -169,9 +169,10 @@ def test_duplicates_count_twice(device):
     assert_close(attend(q, k, v, kept_idx, key_bias=bias, return_lse=True)[1], lse, **LSE)
 
 
-def test_nothing_else_is_read(device, dtype):
+@pytest.mark.parametrize("dim", [64, 63])
+def test_nothing_else_is_read(device, dtype, dim):
     """NaN in rows that no list names, in unused pages and beyond kv_lens."""
-    q, k, v = qkv(device, dtype)
+    q, k, v = qkv(device, dtype, dim=dim)
     kept_idx = lists(2, 2, 33, 90, device)
     lens = torch.tensor([60, 90], dtype=torch.int32, device=device)
     named = torch.zeros(2, 2, 91, dtype=torch.bool, device=device).scatter(2, kept_idx, True)[..., :90]
@@ -277,6 +278,8 @@ def test_views(device, dtype):
     assert_close(check(*blhd, kept_idx), expected, rtol=0, atol=0)
     odd = [F.pad(x, (1, 2))[..., 1:-2] for x in (q, k, v)]
     assert_close(check(*odd, kept_idx), expected, rtol=0, atol=0)
+    assert_close(check(q, odd[1], v, kept_idx), expected, rtol=0, atol=0)
+    assert_close(check(q, k, odd[2], kept_idx), expected, rtol=0, atol=0)
     check(q[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), v[..., ::2].contiguous(), kept_idx)
 
 

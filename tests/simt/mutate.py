@@ -100,11 +100,13 @@ class Mutant:
     replacement: str
     before: str  # the line, stripped
     after: str
+    nth: int  # of those in the file that read the same
 
     @property
     def key(self) -> str:
         """What SURVIVORS.md names it by: no line number, so that edits elsewhere do not matter."""
-        return f"`{self.path}`: `{self.before}` -> `{self.after}`"
+        which = f" ({self.nth})" if self.nth > 1 else ""
+        return f"`{self.path}`: `{self.before}` -> `{self.after}`{which}: "
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.kind}: {self.before} -> {self.after}"
@@ -171,15 +173,10 @@ def mutants_of(path: Path) -> list[Mutant]:
     """List the mutants of one file, in order of place."""
     text = (ROOT / path).read_text()
     code = code_only(text)
-    found: set[Mutant] = set()
+    found: set[tuple[int, int, str, str]] = set()  # a term between two && is found twice
 
     def add(kind: str, start: int, end: int, replacement: str) -> None:
-        first = text.rfind("\n", 0, start) + 1
-        last = text.find("\n", end)
-        before = " ".join(text[first:last].split())
-        after = " ".join((text[first:start] + replacement + text[end:last]).split())
-        line = text.count("\n", 0, start) + 1
-        found.add(Mutant(path, kind, line, start, end, text[start:end], replacement, before, after))
+        found.add((start, end, replacement, kind))
 
     for m in _SYNC.finditer(code):
         add("barrier", m.start(), m.end(), ";")
@@ -196,7 +193,17 @@ def mutants_of(path: Path) -> list[Mutant]:
             if term.strip():
                 start, end = left + len(term) - len(term.lstrip()), left + len(term.rstrip())
                 add("term", start, end, neutral)
-    return sorted(found, key=lambda m: (m.start, m.end, m.replacement))
+    seen: Counter[tuple[str, str]] = Counter()
+    mutants = []
+    for start, end, replacement, kind in sorted(found):
+        first, last = text.rfind("\n", 0, start) + 1, text.find("\n", end)
+        before = " ".join(text[first:last].split())
+        after = " ".join((text[first:start] + replacement + text[end:last]).split())
+        seen[before, after] += 1
+        line, original = text.count("\n", 0, start) + 1, text[start:end]
+        nth = seen[before, after]
+        mutants.append(Mutant(path, kind, line, start, end, original, replacement, before, after, nth))
+    return mutants
 
 
 def schemata(path: Path, mutants: dict[int, Mutant]) -> str:
@@ -416,7 +423,7 @@ def main() -> int:
         print(f"| {name} | {mutants_in_row} | {row['killed']} | {row['excused']} | {row['survived']} | {share:.0%} |")
     print("Survivors, as SURVIVORS.md would list them with a reason:")
     for m in survivors:
-        print(f"- {m.key}: ")
+        print(f"- {m.key}")
     return 0 if share >= REQUIRED else 1
 
 

@@ -8,6 +8,7 @@ library: put it first, for its run says how long each test may take.
 
 import contextlib
 import ctypes
+import faulthandler
 import mmap
 import os
 import resource
@@ -43,6 +44,7 @@ class Child:
         os.setpgid(0, 0)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the server
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
