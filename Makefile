@@ -16,6 +16,7 @@ TORCH  ?= torch>=2.10,<2.14
 export TOKRED_CUDA_ARCH_LIST ?= 80;90a
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 torch_dir = $(shell $(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
+python_tag = $(shell $(BIN)/python -c "import sys; print('%d%d' % sys.version_info[:2])")
 families = $(wildcard $(patsubst csrc/%,tests/%,$(wildcard csrc/*)))
 # The emulator's order of threads: another one in each run. A failure names it; make test TOKRED_SIMT_SEED=... repeats it.
 ifndef TOKRED_SIMT_SEED
@@ -84,7 +85,7 @@ test-asan: build/asan/libtokred.so build/asan-simt/libtokred_simt.so
 	for library in $(filter %.so,$(abspath $^)); do \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" TOKRED_LIBRARY=$$library \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TOKRED_SIMT_THREADS=1 \
-	  $(BIN)/python -m pytest $(families) tests/test_contract.py \
+	  $(BIN)/python -m pytest $(families) tests/test_contract.py tests/test_sanitizers.py \
 	  -k "not compil and not export and not opcheck" -n $(JOBS) || exit 1; done
 test-all: test test-asan test-cpp ptxas
 	@echo "all that can be shown without a GPU passed"
@@ -112,7 +113,7 @@ check: format lint
 cuda ptxas: $(VENV)/.env
 	rm -f dist/*.whl
 	TOKRED_CUDA=1 TOKRED_WERROR=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
-	$(BIN)/python benchmarks/ptxas.py build/py*/build.log dist/*.whl $(if $(UPDATE),--update)
+	$(BIN)/python benchmarks/ptxas.py build/py$(python_tag)/build.log dist/*.whl $(if $(UPDATE),--update)
 wheel: $(VENV)/.env
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
