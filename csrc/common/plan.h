@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// What a call would launch and move, without making it: `python -m tokred doctor` and the benchmarks read this.
+// What a call would launch on CUDA, without making it: tokred._native.plan. What it moves is the `floor` of the op's
+// Python module.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -14,13 +15,10 @@ struct PlannedLaunch {
   std::string kernel;
   int64_t grid[3] = {1, 1, 1};
   int64_t block = 1;
-  int64_t shared_bytes = 0;
 };
 
 struct Plan {
-  std::vector<PlannedLaunch> launches;  // on CUDA, in order
-  double bytes = 0;                     // a perfect kernel reads and writes these, see the op's floor
-  double flops = 0;
+  std::vector<PlannedLaunch> launches;  // in order
 };
 
 // The sizes of a call by name, for example batch_size, num_tokens, dim, k, element_size.

@@ -119,12 +119,11 @@ void run_cpu(const GatherTokensArgs& args, const Tensor&) { gather_tokens_cpu(ar
 #endif
 }
 
-// Sizes: rows (kept rows of all tensors and heads), row_bytes, index_bytes.
+// Sizes: rows (kept rows of all tensors and heads), row_bytes.
 Plan plan_gather_tokens(const PlanSizes& sizes) {
-  const double moved = double(sizes["rows"]) * double(sizes["row_bytes"]);
+  const int64_t bytes = sizes["rows"] * sizes["row_bytes"];
   Plan plan;
-  plan.launches.push_back({"gather_tokens", {ceil_div<int64_t>(static_cast<int64_t>(moved), 16384)}, 256, 0});
-  plan.bytes = 2 * moved + double(sizes.get("index_bytes", 0));
+  plan.launches.push_back({"gather_tokens", {ceil_div<int64_t>(bytes, 16384)}, 256});
   return plan;
 }
 TOKRED_PLAN(gather_tokens, plan_gather_tokens)

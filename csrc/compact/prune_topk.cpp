@@ -156,11 +156,10 @@ Plan plan_prune_topk(const PlanSizes& sizes) {
   const int64_t row_bytes = sizes["dim"] * sizes["element_size"];
   const PruneTopkPolicy policy = choose_policy(num_tokens, k, false, false);
   Plan plan;
-  if (policy.num_chunks > 1) plan.launches.push_back({"chunk", {batch_size * policy.num_chunks}, policy.threads, 0});
+  if (policy.num_chunks > 1) plan.launches.push_back({"chunk", {batch_size * policy.num_chunks}, policy.threads});
   const int64_t copies = policy.fused ? prune_topk_splits(batch_size, k, row_bytes) : 1;
-  plan.launches.push_back({policy.fused ? "select_and_copy" : "select", {batch_size * copies}, policy.threads, 0});
-  if (!policy.fused) plan.launches.push_back({"copy", {ceil_div<int64_t>(batch_size * k * row_bytes, 16384)}, 256, 0});
-  plan.bytes = double(batch_size) * (double(num_tokens) * 4 + 2.0 * double(k) * double(row_bytes) + double(k) * 8);
+  plan.launches.push_back({policy.fused ? "select_and_copy" : "select", {batch_size * copies}, policy.threads});
+  if (!policy.fused) plan.launches.push_back({"copy", {ceil_div<int64_t>(batch_size * k * row_bytes, 16384)}, 256});
   return plan;
 }
 TOKRED_PLAN(prune_topk, plan_prune_topk)

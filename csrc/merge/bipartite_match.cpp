@@ -93,12 +93,8 @@ Plan plan_bipartite_match(const PlanSizes& sizes) {
   const BipartiteSets sets = bipartite_sets(a.num_tokens, a.num_protected);
   const BipartiteMatchPolicy policy = choose_policy(a, 0);
   Plan plan;
-  plan.launches.push_back({"bipartite_match_kernel", {policy.match_blocks, 1, 1}, 128, 75520});
-  plan.launches.push_back({"bipartite_number_kernel", {a.batch_size, 1, 1}, policy.number_threads, 1024});
-  plan.bytes = static_cast<double>(a.batch_size) * static_cast<double>(a.num_tokens) *
-               (static_cast<double>(a.dim) * static_cast<double>(element_size(a.dtype)) + 20);
-  plan.flops = 2.0 * static_cast<double>(a.batch_size) * static_cast<double>(sets.candidate_src()) *
-               static_cast<double>(sets.candidate_dst()) * static_cast<double>(a.dim);
+  plan.launches.push_back({"bipartite_match_kernel", {policy.match_blocks, 1, 1}, 128});
+  plan.launches.push_back({"bipartite_number_kernel", {a.batch_size, 1, 1}, policy.number_threads});
   return plan;
 }
 TOKRED_PLAN(bipartite_match, plan_bipartite_match)

@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor> on_cpu(const Tensor& x, const Tensor& dst_idx, int64_
   return {call.merged, call.size_out};
 }
 
-// sizes: batch_size, num_tokens, num_out, dim, element_size (2). Floor: every token is read and every output row
-// written once.
+// Sizes: batch_size, num_tokens, num_out, dim, element_size (2).
 Plan plan(const PlanSizes& sizes) {
   SegmentMergeArgs a{};
   a.batch_size = sizes["batch_size"];
@@ -111,14 +110,11 @@ Plan plan(const PlanSizes& sizes) {
   sort.kernel = "sort_tokens_kernel";
   sort.grid[0] = a.batch_size * ceil_div<int64_t>(a.num_out, p.segments_per_sort);
   sort.block = p.sort_warps * 32;
-  sort.shared_bytes = 256 + int64_t{4} * p.sort_warps * p.segments_per_sort;  // and the scratch of the block scan
   merge.kernel = "merge_rows_kernel";
   merge.grid[0] = ceil_div<int64_t>(tasks, kMergeThreads / p.lanes_per_row);
   merge.block = kMergeThreads;
   Plan plan;
   plan.launches = {sort, merge};
-  plan.bytes = static_cast<double>(a.batch_size * a.num_tokens + rows) * static_cast<double>(a.dim * element);
-  plan.flops = 2.0 * static_cast<double>(a.batch_size * a.num_tokens) * static_cast<double>(a.dim);
   return plan;
 }
 TOKRED_PLAN(segment_merge, plan)

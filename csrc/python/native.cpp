@@ -48,13 +48,10 @@ py::dict plan(const std::string& op, const std::map<std::string, int64_t>& sizes
     row["kernel"] = launch.kernel;
     row["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
     row["block"] = launch.block;
-    row["shared_bytes"] = launch.shared_bytes;
     launches.append(row);
   }
   py::dict out;
   out["launches"] = launches;
-  out["bytes"] = made.bytes;
-  out["flops"] = made.flops;
   return out;
 }
 
@@ -70,6 +67,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Build facts, device capability and launch plans of tokred.";
   m.def("build_info", &build_info, "Compiler and version that built the library.");
   m.def("device_capabilities", &device_capabilities, "Compute capability of each GPU, asked of the driver.");
-  m.def("plan", &plan, py::arg("op"), py::arg("sizes"), "Launches, bytes and flops of a call with the given sizes.");
+  m.def("plan", &plan, py::arg("op"), py::arg("sizes"), "Launches of a call with the given sizes.");
   m.def("planned_ops", &planned_ops, "Ops that have a plan.");
 }

@@ -130,11 +130,6 @@ Plan plan(const PlanSizes& sizes) {
   }
   add("attn_received", heads * ceil_div<int64_t>(kv_len, policy.warps_received * policy.rows_per_warp),
       policy.warps_received * 32);
-  const double passes = lse_given ? 1 : 2;
-  // Q and K once per pass; the product of each pass. One exponential per logit and pass is the floor at head_dim <= 64.
-  plan.bytes = passes * static_cast<double>(heads * (rows + kv_len) * head_dim * bytes) +
-               4. * static_cast<double>(heads * rows + batch * q_heads * kv_len);
-  plan.flops = passes * 2 * static_cast<double>(heads * rows) * static_cast<double>(kv_len * head_dim);
   return plan;
 }
 TOKRED_PLAN(attn_received, plan)
