@@ -90,7 +90,6 @@ Plan plan_bipartite_match(const PlanSizes& sizes) {
   a.stride_token = a.dim;
   a.stride_batch = a.num_tokens * a.dim;
   a.dtype = sizes.get("element_size", 2) == 4 ? DType::kF32 : DType::kBF16;
-  const BipartiteSets sets = bipartite_sets(a.num_tokens, a.num_protected);
   const BipartiteMatchPolicy policy = choose_policy(a, 0);
   Plan plan;
   plan.launches.push_back({"bipartite_match_kernel", {policy.match_blocks, 1, 1}, 128});
