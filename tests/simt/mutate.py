@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -131,16 +131,13 @@ def code_only(text: str) -> str:
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
-    text = re.sub(r"(?<=#ifdef TOKRED_SIMT\n).*?#endif", lambda m: emulated(m[0], blank), text, flags=re.DOTALL)
+    for_nvcc = r"(?<=#ifdef TOKRED_SIMT\n)(?:(?!#endif).)*?#else\n.*?#endif"
+    text = re.sub(for_nvcc, lambda m: re.sub("#else.*", blank, m[0], flags=re.DOTALL), text, flags=re.DOTALL)
     pattern = (
         r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\bconstexpr\b[^;{]*|static_assert\([^;]*;'
         r"|__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
     )
     return re.sub(pattern, blank, text, flags=re.DOTALL | re.MULTILINE)
-
-
-def emulated(text: str, blank: Callable[[re.Match[str]], str]) -> str:
-    return re.sub(r"#else\n.*", blank, text, flags=re.DOTALL)
 
 
 def operand(code: str, at: int, step: int) -> int:
@@ -231,11 +228,7 @@ def device_files(path: Path) -> frozenset[Path]:
 class Tree:
     """A copy of the sources in build/mutate with mutants built in, and its two builds."""
 
-    def __init__(self) -> None:
-        self.path = ROOT / "build" / "mutate"
-
-    def library(self, build: str) -> Path:
-        return self.path / build / "libtokred_simt.so"
+    path = ROOT / "build" / "mutate"
 
     def write(self, path: Path, text: str) -> None:
         """Write a file, unless it is that already, which would cost a build."""
@@ -281,23 +274,10 @@ class Tree:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return done.stdout if done.returncode else ""
 
-    def fill_and_make(self, mutants: dict[int, Mutant]) -> None:
-        """Build in all mutants but those that do not compile as branches."""
-        while True:
-            self.fill(mutants)
-            output = self.make("race")
-            if not output:
-                return
-            places = re.findall(r"(csrc/[\w./]+):(\d+):\d+: error", output)
-            wrong = {n for n, m in mutants.items() if (str(m.path), str(m.line)) in places}
-            if not wrong:
-                raise SystemExit(f"{output}\nno mutant is to blame")
-            mutants = {n: m for n, m in mutants.items() if n not in wrong}
-
     def test(self, build: str, tests: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, str]]:
         """Run tests with each mutant; yield its number, "passed", "failed" or "endless", and the test that says so."""
         env = os.environ | {
-            "TOKRED_LIBRARY": str(self.library(build)),
+            "TOKRED_LIBRARY": str(self.path / build / "libtokred_simt.so"),
             "TOKRED_MUTANTS": " ".join(map(str, numbers)),
             "TOKRED_SIMT_ADDR2LINE": "0",
             "TOKRED_SIMT_THREADS": "1",
@@ -307,18 +287,9 @@ class Tree:
             libraries = (f"-print-file-name={name}.so" for name in ("libasan", "libstdc++"))
             paths = (subprocess.check_output(["g++", option], text=True).strip() for option in libraries)
             env |= {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-s",
-            "-p",
-            "tests.simt.mutate_forks",
-            "-p",
-            "no:cacheprovider",
-        ]
-        with subprocess.Popen([*command, *tests], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as server:
+        plugins = ["-p", "tests.simt.mutate_forks", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-s", *plugins, *tests]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout
             for line in server.stdout:
                 if line.startswith("mutant "):
@@ -397,7 +368,7 @@ def main() -> int:
             jobs.setdefault(users, []).append(n)
 
     survivors: list[Mutant] = []
-    done = 0
+    done, total = 0, sum(map(len, jobs.values()))
     for users, numbers in jobs.items():
         tests = [str(p.relative_to(ROOT)) for op in users for p in ROOT.glob(f"tests/*/test_{op}.py")]
         for n, verdict, test in try_all(tree, {n: chosen[n] for n in numbers}, tests):
@@ -406,14 +377,16 @@ def main() -> int:
                 verdict = "excused" if m.key in excused else "survived"
                 survivors += [m] if verdict == "survived" else []
             elif m.key in excused:
-                verdict = "wrongly excused"
-            counted_as = "killed" if verdict in ("failed", "endless") else verdict
+                verdict += ", though excused"
+            counted_as = verdict if verdict in ("excused", "survived") else "killed"
             rows.setdefault(row_of(m, users), Counter())[counted_as] += 1
             done += 1
-            print(
-                f"[{done}/{sum(map(len, jobs.values()))}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True
-            )
+            print(f"[{done}/{total}] {verdict}: {m}" + (f" by {test}" if test else ""), flush=True)
+    return report(rows, survivors)
 
+
+def report(rows: dict[str, Counter[str]], survivors: Sequence[Mutant]) -> int:
+    """Print the table and the survivors; return the exit status."""
     print("\n| kernels | mutants | killed | excused | survived | share |\n|---|---|---|---|---|---|")
     rows["all"] = sum(rows.values(), Counter())
     for name, row in rows.items():
