@@ -124,12 +124,12 @@ def compare(
 
 
 def find_cuobjdump() -> str | None:
-    """Return a cuobjdump: on PATH, in the toolkit, or the one that triton brings."""
+    """Return a cuobjdump: on PATH, in the toolkit, or one that triton brings, here or beside CI's other torches."""
     spec = importlib.util.find_spec("triton")
+    tritons = list((spec.submodule_search_locations if spec else None) or ())
+    tritons += sorted(STORED.resolve().parents[1].glob(".venvs/*/lib/python*/site-packages/triton"))
     places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    places += [
-        Path(place, "backends/nvidia/bin") for place in (spec.submodule_search_locations if spec else None) or ()
-    ]
+    places += [Path(place, "backends/nvidia/bin") for place in tritons]
     return shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
 
 
