@@ -48,7 +48,7 @@ test-cpu: build
 test-simt: build build/simt/libtokred_simt.so
 	$(BIN)/python -m pytest tests/simt
 	TOKRED_LIBRARY=$(abspath build/simt/libtokred_simt.so) TOKRED_SIMT_THREADS=1 \
-	  $(BIN)/python -m pytest tests/score tests/compact tests/merge tests/attend tests/test_contract.py -n $(JOBS)
+	  $(BIN)/python -m pytest tests/score tests/select tests/compact tests/merge tests/attend tests/test_contract.py -n $(JOBS)
 # Every kernel once under the race detector, which is too slow for every test.
 test-race: build build/race/libtokred_simt.so
 	TOKRED_LIBRARY=$(abspath build/race/libtokred_simt.so) TOKRED_SIMT_ADDR2LINE=0 \

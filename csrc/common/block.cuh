@@ -68,8 +68,8 @@ __device__ inline T block_min(T value, BlockScratch& scratch) {
   return block_reduce(value, Min(), FillSame(), scratch);
 }
 
-// The sum of the values of all warps with a lower index, each warp's the same in its lanes. Valid in every thread; so is
-// *total, the sum over the block.
+// The sum of the values of all warps with a lower index, each warp's the same in its lanes. Valid in every thread; so
+// is *total, the sum over the block.
 template <typename T>
 __device__ inline T block_exclusive_scan_of_warps(T value, BlockScratch& scratch, T* total) {
   T* sum_of_warp = detail::per_warp<T>(scratch);

@@ -264,6 +264,36 @@ void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* out) {
   }
 }
 
+// Writes the lower half of each key to its rank. Quadratic and without a branch: faster than a sort of so few.
+TOKRED_CLONES void rank_few(const int64_t* keys, int64_t n, int32_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rank = 0;
+    for (int64_t j = 0; j < n; ++j) rank += keys[j] < keys[i];
+    out[rank] = static_cast<int32_t>(keys[i]);
+  }
+}
+
+// Sorts by the upper half of the keys, least significant byte first; each pass keeps the order of equal bytes. Returns
+// the one of both buffers that holds the result.
+int64_t* sort_many(int64_t* from, int64_t* to, int64_t n) {
+  constexpr int kDigits = 4, kBuckets = 256;
+  const auto digit = [](int64_t key, int d) {
+    return (static_cast<uint64_t>(key) >> (32 + 8 * d) ^ (d == kDigits - 1 ? 0x80 : 0)) & 0xff;
+  };
+  std::array<std::array<int32_t, kBuckets>, kDigits> start{};
+  for (int64_t i = 0; i < n; ++i) {
+    for (int d = 0; d < kDigits; ++d) ++start[d][digit(from[i], d)];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    if (start[d][digit(from[0], d)] == n) continue;  // all share this byte
+    int32_t before = 0;
+    for (int32_t& bucket : start[d]) before += std::exchange(bucket, before);
+    for (int64_t i = 0; i < n; ++i) to[start[d][digit(from[i], d)]++] = from[i];
+    std::swap(from, to);
+  }
+  return from;
+}
+
 }  // namespace
 
 template <typename T>
@@ -303,35 +333,23 @@ int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScrat
   return k;
 }
 
+int64_t topk_rest(const int32_t* kept, int64_t count, int64_t num_tokens, TopkScratch& scratch) {
+  int32_t* left = scratch.keys.data();
+  std::fill_n(left, num_tokens, 1);
+  for (int64_t i = 0; i < count; ++i) left[kept[i]] = 0;
+  return compact(left, num_tokens, 1, 0, scratch.positions.data(), nullptr);
+}
+
 template <typename T>
 void sort_by_score(const TopkRow<T>& row, int32_t* positions, int64_t count) {
-  const auto falling = [&](int32_t position) {  // ascends where the score falls
-    return ~score_key(static_cast<float>(row.score[position * row.stride]));
-  };
-  if (count <= 128) {
-    uint64_t key[128];
-    for (int64_t i = 0; i < count; ++i) key[i] = uint64_t{falling(positions[i])} << 32 | uint32_t(positions[i]);
-    std::sort(key, key + count);
-    for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(key[i]);
-    return;
+  AlignedBuffer<int64_t> first(count), second(count);
+  for (int64_t i = 0; i < count; ++i) {  // ascends where the score falls, then with the position
+    const uint32_t key = ~score_key(static_cast<float>(row.score[positions[i] * row.stride]));
+    first[i] = static_cast<int64_t>(uint64_t(signed_key(key)) << 32 | static_cast<uint32_t>(positions[i]));
   }
-  // Least significant digit first, each pass stable: equal scores stay in the order they came in.
-  constexpr int kDigits = 3, kBits = 11, kBuckets = 1 << kBits;
-  AlignedBuffer<uint64_t> first(count), second(count);
-  uint64_t *from = first.data(), *to = second.data();
-  std::array<std::array<int32_t, kBuckets>, kDigits> start{};
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = falling(positions[i]);
-    from[i] = uint64_t{key} << 32 | static_cast<uint32_t>(positions[i]);
-    for (int d = 0; d < kDigits; ++d) ++start[d][key >> (d * kBits) & (kBuckets - 1)];
-  }
-  for (int d = 0; d < kDigits; ++d) {
-    int32_t before = 0;
-    for (int32_t& bucket : start[d]) before += std::exchange(bucket, before);
-    for (int64_t i = 0; i < count; ++i) to[start[d][from[i] >> (32 + d * kBits) & (kBuckets - 1)]++] = from[i];
-    std::swap(from, to);
-  }
-  for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(from[i]);
+  if (count <= 256) return rank_few(first.data(), count, positions);
+  int64_t* sorted = sort_many(first.data(), second.data(), count);
+  for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(sorted[i]);
 }
 
 template int64_t topk_ascending(const TopkRow<float>&, int64_t, int32_t*, TopkScratch&);

@@ -23,6 +23,10 @@ struct TopkScratch {
 template <typename T>
 int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch);
 
+// The positions of [0, num_tokens) that are not among the ascending kept ones, ascending, to scratch.positions. Returns
+// how many there are.
+int64_t topk_rest(const int32_t* kept, int64_t count, int64_t num_tokens, TopkScratch& scratch);
+
 // Sorts positions of the row, ascending on entry, by falling score, ties to the lowest position.
 template <typename T>
 void sort_by_score(const TopkRow<T>& row, int32_t* positions, int64_t count);

@@ -6,14 +6,9 @@
 namespace tokred {
 namespace {
 
-// The tokens of [0, num_tokens) that are not among the ascending kept ones, then -1.
-void write_rest(const int32_t* kept, int64_t count, int64_t num_tokens, int64_t num_rest, int64_t* rest) {
-  int64_t slot = 0, token = 0;
-  for (int64_t i = 0; i < count; ++i, ++token) {
-    while (token < kept[i]) rest[slot++] = token++;
-  }
-  while (token < num_tokens) rest[slot++] = token++;
-  while (slot < num_rest) rest[slot++] = -1;
+void write_list(const int32_t* list, int64_t count, int64_t length, int64_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = list[i];
+  for (int64_t i = count; i < length; ++i) out[i] = -1;
 }
 
 template <typename T>
@@ -24,11 +19,12 @@ void select_rows(const TopkRows& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const TopkRow<T> row = topk_row<T>(args, r);
     const int64_t count = topk_ascending(row, topk_count(args, r), kept.data(), scratch);
-    if (args.rest_idx) write_rest(kept.data(), count, row.num_tokens, args.num_rest, args.rest_idx + r * args.num_rest);
+    if (args.rest_idx) {
+      const int64_t rest = topk_rest(kept.data(), count, row.num_tokens, scratch);
+      write_list(scratch.positions.data(), rest, args.num_rest, args.rest_idx + r * args.num_rest);
+    }
     if (args.by_score) sort_by_score(row, kept.data(), count);
-    int64_t* out = args.kept_idx + r * k;
-    for (int64_t i = 0; i < count; ++i) out[i] = kept[i];
-    for (int64_t i = count; i < k; ++i) out[i] = -1;
+    write_list(kept.data(), count, k, args.kept_idx + r * k);
     if (args.num_kept) args.num_kept[r] = static_cast<int32_t>(count);
   }
 }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kTopkWarpsPerBlock* kWarpSize) topk_warp_kerne
 
 // grid: num_rows. listed: the tail of the shared memory holds the row's list.
 template <typename T, int kItems>
-__global__ void __launch_bounds__(kItems > 0 ? 1024 : kTopkStreamThreads)
+__global__ void __launch_bounds__(kItems > 0 ? 1024 : kTopkStreamThreads, 1)
     topk_select_kernel(const TopkRows args, bool listed) {
   TOKRED_SHARED(RowStorage, shared);
   TOKRED_SHARED_TAIL(RowStorage, tail);

@@ -66,7 +66,7 @@ struct NumberStorage {
 // Orders "index" and "grouped": one block per row selects the merged sources and counts them before each token.
 // kItems keys of each thread stay in registers; 0: they are read from score again.
 template <int kItems>
-__global__ void __launch_bounds__(kBipartiteNumberThreads)
+__global__ void __launch_bounds__(kBipartiteNumberThreads, 1)
     bipartite_number_kernel(const BipartiteMatchArgs args, int num_splits) {
   TOKRED_SHARED(NumberStorage, shared);
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
