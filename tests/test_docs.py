@@ -50,6 +50,15 @@ def test_contracts_table():
         assert str(kept(k, **masks)) == row[2]
 
 
+def test_contracts_table_of_select_topk():
+    score = torch.tensor([[0.5, float("nan"), 0.9, 0.5, -0.0, 0.9]])
+    rows = re.findall(r"^\| `(select_topk\(.*?)` \| `(\[.*?\])`", (ROOT / "docs" / "contracts.md").read_text(), re.M)
+    assert len(rows) == 6
+    for call, result in rows:
+        out = eval(call, {"select_topk": tokred.select_topk, "score": score, "torch": torch})
+        assert str(out[0].tolist()) == result, call
+
+
 def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/simt/*.md")]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

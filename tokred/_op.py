@@ -54,10 +54,11 @@ def autocast(name: str, num_cast: int) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def fold_vmap(name: str, shared: Sequence[int] = ()) -> None:
+def fold_vmap(name: str, shared: Sequence[int] = (), absent: Sequence[int] = ()) -> None:
     """Give ``tokred::name`` a vmap rule: the mapped dimension is folded into the batch dimension, the first of each tensor.
 
-    ``shared`` lists positions of tensor arguments without a batch dimension; they must not be mapped.
+    ``shared`` lists positions of tensor arguments without a batch dimension; they must not be mapped. ``absent`` lists those
+    of arguments that leave the others without one (``cu_seqlens``); they must be None.
     """
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.tokred, packet), overload or "default")
@@ -73,6 +74,8 @@ def fold_vmap(name: str, shared: Sequence[int] = ()) -> None:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
+        if any(args[i] is not None for i in absent if i < len(args)):
+            raise RuntimeError(f"{packet}: a packed input has no batch dimension and cannot be mapped by vmap")
         folded = []
         for i, (arg, dim) in enumerate(zip(args, in_dims)):
             if i in shared:

@@ -75,24 +75,32 @@ def topk(scratch: Tensor | None, num_bytes: ctypes.c_size_t, score: Tensor, keys
         raise RuntimeError(f"cub::DeviceTopK returned CUDA error {error}")
 
 
-def prepare(x: Tensor, score: Tensor, k: int) -> tuple:
-    if x.shape[0] != 1:
+def prepare_select(score: Tensor, k: int) -> tuple:
+    if score.shape[0] != 1:
         raise NotApplicable("DeviceTopK takes one row")
-    keys = torch.empty(k, device=x.device)
-    idx = torch.empty(k, dtype=torch.int32, device=x.device)
+    keys = torch.empty(k, device=score.device)
+    idx = torch.empty(k, dtype=torch.int32, device=score.device)
     num_bytes = ctypes.c_size_t(0)
     topk(None, num_bytes, score, keys, idx)
-    scratch = torch.empty(num_bytes.value, dtype=torch.uint8, device=x.device)
-    return x, score, scratch, num_bytes, keys, idx
+    scratch = torch.empty(num_bytes.value, dtype=torch.uint8, device=score.device)
+    return score, scratch, num_bytes, keys, idx
 
 
-def prune_topk(x, score, scratch, num_bytes, keys, idx):
+def select_topk(score, scratch, num_bytes, keys, idx):
     topk(scratch, num_bytes, score, keys, idx)
-    kept_idx = idx.long().sort().values
-    return x[0].index_select(0, kept_idx)[None], kept_idx[None]
+    return idx.long().sort().values[None]
+
+
+def prepare_prune(x: Tensor, score: Tensor, k: int) -> tuple:
+    return x, *prepare_select(score, k)
+
+
+def prune_topk(x, *prepared):
+    kept_idx = select_topk(*prepared)
+    return x[0].index_select(0, kept_idx[0])[None], kept_idx
 
 
 _include = find_include()
 VERSION = version(_include)
 _library = load()
-OPS = {"prune_topk": Peer(prune_topk, prepare)}
+OPS = {"prune_topk": Peer(prune_topk, prepare_prune), "select_topk": Peer(select_topk, prepare_select)}

@@ -40,6 +40,17 @@ def finish_prune(out):
     return torch.from_dlpack(x_kept).view(dtype), torch.from_dlpack(kept_idx)
 
 
+def prepare_select(score: Tensor, k: int) -> tuple:
+    if score.shape[0] != 1:
+        raise NotApplicable("one row only: it sorts each anew")
+    return array(score), k
+
+
+def select_topk(score, k):
+    with on_torch_stream():
+        return cupy.sort(cupy.argpartition(score[0], -k)[-k:])[None]
+
+
 def prepare_gather(tensors: list[Tensor], kept_idx: Tensor) -> tuple:
     if kept_idx.dim() != 2 or kept_idx.shape[0] != 1:
         raise NotApplicable("one shared list only: a take per list would be measured as launches")
@@ -57,5 +68,6 @@ def finish_gather(out):
 
 OPS = {
     "prune_topk": Peer(prune_topk, prepare_prune, finish_prune, captures=False),
+    "select_topk": Peer(select_topk, prepare_select, torch.from_dlpack, captures=False),
     "gather_tokens": Peer(gather_tokens, prepare_gather, finish_gather, captures=False),
 }

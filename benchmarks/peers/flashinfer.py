@@ -17,9 +17,13 @@ DEVICES = ("cuda",)
 
 def prune_topk(x: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch_size, num_tokens, dim = x.shape
-    kept_idx = flashinfer.top_k(score, k)[1].long().sort().values
+    kept_idx = select_topk(score, k)
     rows = (kept_idx + torch.arange(0, batch_size * num_tokens, num_tokens, device=x.device)[:, None]).flatten()
     return x.view(-1, dim).index_select(0, rows).view(batch_size, k, dim), kept_idx
+
+
+def select_topk(score: Tensor, k: int) -> Tensor:
+    return flashinfer.top_k(score, k)[1].long().sort().values
 
 
 _workspace: list[Tensor] = []  # FlashInfer's scratch, one for all copies: they run one after the other
@@ -58,4 +62,8 @@ def attend_selected(wrapper, q, pages, shape):
     return wrapper.run(q, pages).view(shape)
 
 
-OPS = {"prune_topk": Peer(prune_topk), "attend_selected": Peer(attend_selected, prepare_attend)}
+OPS = {
+    "prune_topk": Peer(prune_topk),
+    "select_topk": Peer(select_topk),
+    "attend_selected": Peer(attend_selected, prepare_attend),
+}

@@ -25,7 +25,7 @@ def prepare_prune(x: Tensor, score: Tensor, k: int) -> tuple:
 
 
 def prune_topk(x, score, k, dtype):
-    kept_idx = np.sort(np.argpartition(score, -k, axis=1)[:, -k:], axis=1)
+    kept_idx = select_topk(score, k)
     if x.shape[0] == 1:
         return x[0].take(kept_idx[0], axis=0)[None], kept_idx, dtype
     return np.stack([rows.take(idx, axis=0) for rows, idx in zip(x, kept_idx)]), kept_idx, dtype
@@ -34,6 +34,14 @@ def prune_topk(x, score, k, dtype):
 def finish_prune(out):
     x_kept, kept_idx, dtype = out
     return torch.from_numpy(x_kept).view(dtype), torch.from_numpy(kept_idx)
+
+
+def prepare_select(score: Tensor, k: int) -> tuple:
+    return score.numpy(), k
+
+
+def select_topk(score, k):
+    return np.sort(np.argpartition(score, -k, axis=1)[:, -k:], axis=1)
 
 
 def prepare_gather(tensors: list[Tensor], kept_idx: Tensor) -> tuple:
@@ -57,5 +65,6 @@ def finish_gather(out):
 
 OPS = {
     "prune_topk": Peer(prune_topk, prepare_prune, finish_prune),
+    "select_topk": Peer(select_topk, prepare_select, torch.from_numpy),
     "gather_tokens": Peer(gather_tokens, prepare_gather, finish_gather),
 }

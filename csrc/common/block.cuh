@@ -68,19 +68,27 @@ __device__ inline T block_min(T value, BlockScratch& scratch) {
   return block_reduce(value, Min(), FillSame(), scratch);
 }
 
-// The sum of the values of all threads with a lower rank. Valid in every thread; so is *total, the sum over the block.
+// The sum of the values of all warps with a lower index, each warp's the same in its lanes. Valid in every thread; so
+// is *total, the sum over the block.
 template <typename T>
-__device__ inline T block_exclusive_scan(T value, BlockScratch& scratch, T* total) {
+__device__ inline T block_exclusive_scan_of_warps(T value, BlockScratch& scratch, T* total) {
   T* sum_of_warp = detail::per_warp<T>(scratch);
-  const T inclusive = warp_inclusive_scan(value);
-  if (lane_index() == kWarpSize - 1) sum_of_warp[warp_index()] = inclusive;
+  if (lane_index() == 0) sum_of_warp[warp_index()] = value;
   __syncthreads();  // the sums of all warps are written
   const int num_warps = num_threads_in_block() / kWarpSize;
   const T sums = warp_inclusive_scan(lane_index() < num_warps ? sum_of_warp[lane_index()] : T(0));
   const T before = __shfl_sync(kFullMask, sums, warp_index() == 0 ? 0 : warp_index() - 1);
   *total = __shfl_sync(kFullMask, sums, num_warps - 1);
   __syncthreads();  // the sums of all warps are read
-  return (warp_index() == 0 ? T(0) : before) + inclusive - value;
+  return warp_index() == 0 ? T(0) : before;
+}
+
+// The sum of the values of all threads with a lower rank. Valid in every thread; so is *total, the sum over the block.
+template <typename T>
+__device__ inline T block_exclusive_scan(T value, BlockScratch& scratch, T* total) {
+  const T inclusive = warp_inclusive_scan(value);
+  const T of_warp = __shfl_sync(kFullMask, inclusive, kWarpSize - 1);
+  return block_exclusive_scan_of_warps(of_warp, scratch, total) + inclusive - value;
 }
 
 // A barrier among num_threads threads of the block (a multiple of 32, whole warps), id 1 to 15; 0 is __syncthreads().

@@ -6,6 +6,8 @@
 // bits a pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
 #include "common/topk.h"
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -228,18 +230,20 @@ int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
   return count;
 }
 
-// Ranks changed by the masks; returns how many tokens are eligible.
-int64_t apply_masks(const uint8_t* keep, const uint8_t* drop, int64_t n, int64_t k, int32_t* keys) {
+// Ranks changed by what is forced and excluded; returns how many tokens are eligible.
+template <typename T>
+int64_t apply_masks(const TopkRow<T>& row, int64_t k, int32_t* keys) {
+  const int32_t n = row.num_tokens;
   int64_t forced = 0, excluded = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool out = drop && drop[i];
+  for (int32_t i = 0; i < n; ++i) {
+    const bool out = row.drop && row.drop[i];
     excluded += out;
-    forced += !out && keep && keep[i];
+    forced += !out && row.forced(i);
   }
   const bool crowded = forced > k;  // then only the forced compete, by their scores
-  for (int64_t i = 0; i < n; ++i) {
-    const bool force = keep && keep[i];
-    if ((drop && drop[i]) || (crowded && !force)) {
+  for (int32_t i = 0; i < n; ++i) {
+    const bool force = row.forced(i);
+    if ((row.drop && row.drop[i]) || (crowded && !force)) {
       keys[i] = kExcluded;
     } else if (force && !crowded) {
       keys[i] = signed_key(kKeyForced);
@@ -260,12 +264,57 @@ void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* out) {
   }
 }
 
+// Writes the lower half of each key to its rank. Quadratic and without a branch: faster than a sort of so few.
+TOKRED_CLONES void rank_few(const int64_t* keys, int64_t n, int32_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rank = 0;
+    for (int64_t j = 0; j < n; ++j) rank += keys[j] < keys[i];
+    out[rank] = static_cast<int32_t>(keys[i]);
+  }
+}
+
+// Sorts by the upper half of the keys, least significant byte first; each pass keeps the order of equal bytes. Returns
+// the one of both buffers that holds the result.
+int64_t* sort_many(int64_t* from, int64_t* to, int64_t n) {
+  constexpr int kDigits = 4, kBuckets = 256;
+  const auto digit = [](int64_t key, int d) {
+    return (static_cast<uint64_t>(key) >> (32 + 8 * d) ^ (d == kDigits - 1 ? 0x80 : 0)) & 0xff;
+  };
+  std::array<std::array<int32_t, kBuckets>, kDigits> start{};
+  for (int64_t i = 0; i < n; ++i) {
+    for (int d = 0; d < kDigits; ++d) ++start[d][digit(from[i], d)];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    if (start[d][digit(from[0], d)] == n) continue;  // all share this byte
+    int32_t before = 0;
+    for (int32_t& bucket : start[d]) before += std::exchange(bucket, before);
+    for (int64_t i = 0; i < n; ++i) to[start[d][digit(from[i], d)]++] = from[i];
+    std::swap(from, to);
+  }
+  return from;
+}
+
 }  // namespace
 
 template <typename T>
 int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch) {
   const int64_t n = row.num_tokens;
-  const bool masked = row.keep || row.drop;
+  const int64_t window = row.num_window();
+  if (window > 0 && window <= k && window < n && !row.keep && !row.drop) {
+    // All of both ends are kept, so the tokens between them are a row of their own.
+    TopkRow<T> middle = row;
+    middle.score += row.keep_before * row.stride;
+    middle.num_tokens = static_cast<int32_t>(n - window);
+    middle.keep_before = 0;
+    middle.keep_from = INT32_MAX;
+    for (int32_t i = 0; i < row.keep_before; ++i) out[i] = i;
+    int32_t* between = out + row.keep_before;
+    const int64_t count = topk_ascending(middle, k - window, between, scratch);
+    for (int64_t i = 0; i < count; ++i) between[i] += row.keep_before;
+    for (int32_t i = 0; i < n - row.keep_from; ++i) between[count + i] = row.keep_from + i;
+    return window + count;
+  }
+  const bool masked = row.keep || row.drop || window > 0;
   if (!masked && n >= 8 * kSample && k > 0 && k <= n / 4) {
     const int32_t pivot = guess_pivot(row, k);
     if (pivot > signed_key(kKeyNaN)) {
@@ -278,14 +327,36 @@ int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScrat
     }
   }
   plain_keys(row.score, row.stride, n, scratch.keys.data());
-  const int64_t eligible = masked ? apply_masks(row.keep, row.drop, n, k, scratch.keys.data()) : n;
+  const int64_t eligible = masked ? apply_masks(row, k, scratch.keys.data()) : n;
   k = k < eligible ? k : eligible;
   if (k > 0) take_largest(scratch.keys.data(), n, k, out);
   return k;
 }
 
+int64_t topk_rest(const int32_t* kept, int64_t count, int64_t num_tokens, TopkScratch& scratch) {
+  int32_t* left = scratch.keys.data();
+  std::fill_n(left, num_tokens, 1);
+  for (int64_t i = 0; i < count; ++i) left[kept[i]] = 0;
+  return compact(left, num_tokens, 1, 0, scratch.positions.data(), nullptr);
+}
+
+template <typename T>
+void sort_by_score(const TopkRow<T>& row, int32_t* positions, int64_t count) {
+  AlignedBuffer<int64_t> first(count), second(count);
+  for (int64_t i = 0; i < count; ++i) {  // ascends where the score falls, then with the position
+    const uint32_t key = ~score_key(static_cast<float>(row.score[positions[i] * row.stride]));
+    first[i] = static_cast<int64_t>(uint64_t(signed_key(key)) << 32 | static_cast<uint32_t>(positions[i]));
+  }
+  if (count <= 256) return rank_few(first.data(), count, positions);
+  int64_t* sorted = sort_many(first.data(), second.data(), count);
+  for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(sorted[i]);
+}
+
 template int64_t topk_ascending(const TopkRow<float>&, int64_t, int32_t*, TopkScratch&);
 template int64_t topk_ascending(const TopkRow<c10::Half>&, int64_t, int32_t*, TopkScratch&);
 template int64_t topk_ascending(const TopkRow<c10::BFloat16>&, int64_t, int32_t*, TopkScratch&);
+template void sort_by_score(const TopkRow<float>&, int32_t*, int64_t);
+template void sort_by_score(const TopkRow<c10::Half>&, int32_t*, int64_t);
+template void sort_by_score(const TopkRow<c10::BFloat16>&, int32_t*, int64_t);
 
 }  // namespace tokred

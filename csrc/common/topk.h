@@ -6,6 +6,7 @@
 
 #include "common/parallel.h"
 #include "common/score_key.h"
+#include "common/topk_rows.h"
 
 namespace tokred {
 
@@ -16,20 +17,18 @@ struct TopkScratch {
   AlignedBuffer<int32_t> positions;  // theirs
 };
 
-// One row of a selection. keep / drop: one byte per token, or null.
-template <typename T>
-struct TopkRow {
-  const T* score;
-  int64_t stride;  // of score, in elements
-  const uint8_t* keep;
-  const uint8_t* drop;
-  int64_t num_tokens;
-};
-
 // The positions of the k best tokens of the row, ties to the lowest position, ascending, to out, which needs room for
-// min(k, num_tokens) + 16. Tokens marked in drop are never taken; those marked in keep come first, and where more than
-// k are marked the k best-ranked of them are taken. Returns how many were written, min(k, eligible tokens).
+// min(k, num_tokens) + 16. Excluded tokens are never taken; forced ones come first, and where more than k are forced
+// the k best-ranked of them are taken. Returns how many were written, min(k, eligible tokens).
 template <typename T>
 int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScratch& scratch);
+
+// The positions of [0, num_tokens) that are not among the ascending kept ones, ascending, to scratch.positions. Returns
+// how many there are.
+int64_t topk_rest(const int32_t* kept, int64_t count, int64_t num_tokens, TopkScratch& scratch);
+
+// Sorts positions of the row, ascending on entry, by falling score, ties to the lowest position.
+template <typename T>
+void sort_by_score(const TopkRow<T>& row, int32_t* positions, int64_t count);
 
 }  // namespace tokred

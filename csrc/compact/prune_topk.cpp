@@ -97,19 +97,23 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
     call.kept.push_back(new_empty(tensor, shape));
     call.args.tensors[call.args.num_tensors++] = row_tensor(name, tensor, packed, call.kept.back());
   }
-  call.args.score = score.const_data_ptr();
-  call.args.keep_mask = keep;
-  call.args.drop_mask = drop;
-  call.args.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  call.args.kept_idx = static_cast<int64_t*>(call.kept_idx.mutable_data_ptr());
-  call.args.num_kept = nullptr;
-  call.args.workspace = nullptr;
-  call.args.batch_size = batch_size;
-  call.args.num_tokens = num_tokens;
-  call.args.max_seqlen = packed ? max_seqlen : num_tokens;
-  call.args.k = k;
-  call.args.stride_score = packed ? 0 : score.stride(0);
-  call.args.score_dtype = score_dtype;
+  TopkRows& rows = call.args.rows;
+  rows = {};
+  rows.score = score.const_data_ptr();
+  rows.keep_mask = keep;
+  rows.drop_mask = drop;
+  rows.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+  rows.kept_idx = static_cast<int64_t*>(call.kept_idx.mutable_data_ptr());
+  rows.num_rows = batch_size;
+  rows.num_heads = 1;
+  rows.num_tokens = num_tokens;
+  rows.max_seqlen = packed ? max_seqlen : num_tokens;
+  rows.k = k;
+  if (!packed) {
+    rows.score_stride.batch = score.stride(0);
+    rows.keep_stride.batch = rows.drop_stride.batch = num_tokens;
+  }
+  rows.dtype = score_dtype;
   return call;
 }
 
@@ -120,11 +124,10 @@ void run_cpu(const PruneTopkArgs& args, const Tensor&) { prune_topk_cpu(args); }
 #if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
   const OnDevice device(x);
   PruneTopkArgs with_workspace = args;
-  const PruneTopkPolicy policy =
-      choose_policy(args.max_seqlen, args.k, args.keep_mask != nullptr, args.cu_seqlens != nullptr);
-  Tensor workspace = new_empty(
-      x, {policy.num_chunks > 1 ? 2 * args.batch_size * policy.num_chunks * policy.chunk_slots : 0}, ScalarType::Int);
-  with_workspace.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
+  const PruneTopkPolicy policy = choose_policy(args.rows.max_seqlen, args.rows.k);
+  Tensor workspace =
+      new_empty(x, {policy.fused ? 0 : topk_workspace_words(policy.select, args.rows.num_rows)}, ScalarType::Int);
+  with_workspace.rows.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   check_cuda("prune_topk", prune_topk_cuda(with_workspace, device.stream()));
 #endif
 }
@@ -144,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(const Tensor& x, 
                                                                const std::optional<std::vector<Tensor>>& others) {
   Call call = prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen,
                       others ? *others : std::vector<Tensor>{}, /*strict=*/!cu_seqlens.has_value());
-  Tensor num_kept = new_empty(x, {call.args.batch_size}, ScalarType::Int);
-  call.args.num_kept = static_cast<int32_t*>(num_kept.mutable_data_ptr());
+  Tensor num_kept = new_empty(x, {call.args.rows.num_rows}, ScalarType::Int);
+  call.args.rows.num_kept = static_cast<int32_t*>(num_kept.mutable_data_ptr());
   run(call.args, x);
   return {call.kept[0], call.kept_idx, num_kept, {call.kept.begin() + 1, call.kept.end()}};
 }
@@ -154,12 +157,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(const Tensor& x, 
 Plan plan_prune_topk(const PlanSizes& sizes) {
   const int64_t batch_size = sizes["batch_size"], num_tokens = sizes["num_tokens"], k = sizes["k"];
   const int64_t row_bytes = sizes["dim"] * sizes["element_size"];
-  const PruneTopkPolicy policy = choose_policy(num_tokens, k, false, false);
+  const PruneTopkPolicy policy = choose_policy(num_tokens, k);
   Plan plan;
-  if (policy.num_chunks > 1) plan.launches.push_back({"chunk", {batch_size * policy.num_chunks}, policy.threads});
-  const int64_t copies = policy.fused ? prune_topk_splits(batch_size, k, row_bytes) : 1;
-  plan.launches.push_back({policy.fused ? "select_and_copy" : "select", {batch_size * copies}, policy.threads});
-  if (!policy.fused) plan.launches.push_back({"copy", {ceil_div<int64_t>(batch_size * k * row_bytes, 16384)}, 256});
+  if (policy.fused) {
+    const int64_t copies = prune_topk_splits(batch_size, k, row_bytes);
+    plan.launches.push_back({"select_and_copy", {batch_size * copies}, policy.threads});
+  } else {
+    plan_topk_rows(plan, policy.select, batch_size);
+    plan.launches.push_back({"copy", {ceil_div<int64_t>(batch_size * k * row_bytes, 16384)}, 256});
+  }
   return plan;
 }
 TOKRED_PLAN(prune_topk, plan_prune_topk)

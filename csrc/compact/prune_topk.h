@@ -2,77 +2,31 @@
 // Copyright (c) 2026 The tokred authors
 #pragma once
 #include "common/copy_rows.h"
-#include "common/dispatch.h"
+#include "common/topk_rows.h"
 
 namespace tokred {
 
 constexpr int kPruneTopkMaxTensors = 16;  // x and companions; their descriptors travel as kernel arguments
 
 struct PruneTopkArgs {
-  const void* score;                        // [batch_size, num_tokens] or, packed, [num_tokens]; last dim contiguous
-  const uint8_t* keep_mask;                 // as score, contiguous, 0 or 1; null: none is forced
-  const uint8_t* drop_mask;                 // as score, contiguous; null: none is excluded
-  const int32_t* cu_seqlens;                // [batch_size + 1]; null: dense
-  int64_t* kept_idx;                        // [batch_size, k], -1 past num_kept
-  int32_t* num_kept;                        // [batch_size]; null: every row keeps k
+  TopkRows rows;                            // one head; neither rest_idx nor by_score
   RowTensor tensors[kPruneTopkMaxTensors];  // x first; dst [batch_size, k, row]
   int num_tensors;
-  int64_t batch_size;
-  int64_t num_tokens;  // of a row when dense, of all rows when packed
-  int64_t max_seqlen;  // longest row that is looked at; num_tokens when dense
-  int64_t k;
-  int64_t stride_score;  // between rows, in elements; 0 when packed
-  DType score_dtype;
-  uint32_t* workspace;  // CUDA, long rows: [2, batch_size, num_chunks * chunk_slots] keys, then tokens
 };
-
-// The tokens of one row: [begin, begin + len) of the score, clipped so that a bad cu_seqlens reads nothing out of
-// bounds.
-struct PruneTopkRow {
-  int64_t begin, len;
-};
-TOKRED_HOST_DEVICE PruneTopkRow prune_topk_row(const PruneTopkArgs& a, int64_t batch_idx) {
-  if (!a.cu_seqlens) return {0, a.num_tokens};
-  int64_t begin = a.cu_seqlens[batch_idx], end = a.cu_seqlens[batch_idx + 1];
-  begin = begin < 0 ? 0 : begin;
-  end = end > a.num_tokens ? a.num_tokens : end;
-  if (end > begin + a.max_seqlen) end = begin + a.max_seqlen;
-  return {begin, end > begin ? end - begin : 0};
-}
 
 // How the CUDA path runs a call. Pure: a function of sizes alone.
 struct PruneTopkPolicy {
-  int threads;      // of a selecting block, which holds threads * items keys in registers
-  int items;        // 0: the row is read anew in each round
-  int num_chunks;   // > 1: blocks first reduce chunks of the row to their own top-k, in a workspace
-  int chunk_slots;  // candidates per chunk
-  bool fused;       // the selecting blocks also copy: one launch; each repeats the selection, which is short
+  bool fused;          // the selecting blocks also copy: one launch; each repeats the selection, which is short
+  int threads, items;  // of a fused block, which holds threads * items keys in registers
+  TopkPolicy select;   // else
 };
-constexpr int kPruneTopkMaxItems = 32, kPruneTopkMaxThreads = 1024, kPruneTopkFusedTokens = 4096;
-constexpr int kPruneTopkStreamThreads = 512;  // of a block that reads its row anew: with 1024 it would spill registers
-constexpr int kPruneTopkRegisterKeys = kPruneTopkMaxItems * kPruneTopkMaxThreads;
 
-constexpr PruneTopkPolicy choose_policy(int64_t max_seqlen, int64_t k, bool forced, bool packed) {
-  PruneTopkPolicy policy{max_seqlen <= 1024 ? 256 : 1024, 0, 1, 0, max_seqlen <= kPruneTopkFusedTokens};
-  int64_t keys = max_seqlen;
-  if (keys > kPruneTopkRegisterKeys && !forced && !packed) {
-    // Candidates must fit one block's registers. A forced set is a property of the whole row, and packed rows differ in
-    // length: both read the row anew.
-    const int64_t chunks = ceil_div<int64_t>(keys, kPruneTopkRegisterKeys / 4);
-    const int64_t slots = k < kPruneTopkRegisterKeys / 4 ? k : kPruneTopkRegisterKeys / 4;
-    if (chunks * slots <= kPruneTopkRegisterKeys) {
-      policy.num_chunks = static_cast<int>(chunks);
-      policy.chunk_slots = static_cast<int>(slots);
-      keys = chunks * slots;
-    }
-  }
-  if (keys <= kPruneTopkRegisterKeys) {
-    policy.items = 1;
-    while (policy.items * policy.threads < keys) policy.items *= 2;
-  } else {
-    policy.threads = kPruneTopkStreamThreads;
-  }
-  return policy;
+constexpr PruneTopkPolicy choose_policy(int64_t max_seqlen, int64_t k) {
+  // A packed call may ask for more slots than its rows have tokens; a list that long is not kept in shared memory.
+  const bool fused = max_seqlen <= 4096 && k <= kTopkListed;
+  const int threads = max_seqlen <= 1024 ? 256 : 1024;
+  const int items = max_seqlen <= threads ? 1 : max_seqlen <= 2 * threads ? 2 : 4;
+  return {fused, threads, items, choose_topk_policy(max_seqlen, k, /*by_score=*/false)};
 }
 
 // Blocks per row of a fused launch: enough for 16 KiB of output each, as many as fill a large GPU at most.

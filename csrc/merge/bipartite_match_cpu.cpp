@@ -183,7 +183,7 @@ void number_rows(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
   const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens + 2 * sets.first_src : nullptr;
   const int64_t n = sets.candidate_src();
   for (int64_t i = 0; i < n; ++i) s.drop[i] = protect ? protect[2 * i] : 0;
-  const TopkRow<float> row{score, 2, nullptr, protect ? s.drop.data() : nullptr, n};
+  const TopkRow<float> row{score, 2, nullptr, protect ? s.drop.data() : nullptr, static_cast<int32_t>(n)};
   const int64_t picked = topk_ascending(row, a.r, s.picked.data(), s.topk);
   std::fill_n(s.merged.data(), sets.num_src, uint8_t{0});
   for (int64_t i = 0; i < picked; ++i) s.merged[sets.first_src + s.picked[i]] = 1;

@@ -66,7 +66,7 @@ struct NumberStorage {
 // Orders "index" and "grouped": one block per row selects the merged sources and counts them before each token.
 // kItems keys of each thread stay in registers; 0: they are read from score again.
 template <int kItems>
-__global__ void __launch_bounds__(kBipartiteNumberThreads)
+__global__ void __launch_bounds__(kBipartiteNumberThreads, 1)
     bipartite_number_kernel(const BipartiteMatchArgs args, int num_splits) {
   TOKRED_SHARED(NumberStorage, shared);
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kBipartiteNumberThreads)
   const bool by_index = args.order == MatchOrder::kIndex;
   const int64_t num_unmerged = sets.num_src - args.r;
 
+  BlockTeam team(shared.topk);
   const auto match = [&](int i) {
     const SourceMatch found = combine(args, sets, batch_idx, num_splits, i, first_free);
     match_idx[2 * (sets.first_src + i)] = found.token;
@@ -94,34 +95,18 @@ __global__ void __launch_bounds__(kBipartiteNumberThreads)
 
   const auto number = [&](const auto& keys) {
     const int r = static_cast<int>(args.r);
-    const TopkBound bound = block_topk_bound(keys, r, shared.topk);
-    int gone = 0, ties = 0;  // merged and tied, in the tiles before this one
-    keys.for_each_tile([&](int i, uint32_t key) {
-      const int above = key > bound.bound, tied = key == bound.bound;
-      int total;
-      const int before = block_exclusive_scan((above << 16) | tied, shared.topk.block, &total);  // at most 1024 each
-      const int ties_before = ties + (before & 0xffff);
-      const int merged = above || (tied && ties_before < bound.num_ties);
-      const int gone_before = gone + (before >> 16) + min(ties_before, bound.num_ties) - min(ties, bound.num_ties);
-      if (i < n) {
-        const int64_t src = sets.first_src + i;
-        row_of[2 * src] = merged ? -1 : (by_index ? 2 * src : src) - gone_before;
-        if (src < sets.num_dst) {
-          row_of[2 * src + 1] = by_index ? 2 * src + 1 - gone_before - merged : num_unmerged + src;
-        }
+    const TopkBound bound = topk_bound(keys, r, team);
+    topk_visit(keys, bound, team, [&](int i, uint32_t, int gone_before, bool merged) {
+      if (i >= n) return;
+      const int64_t src = sets.first_src + i;
+      row_of[2 * src] = merged ? -1 : (by_index ? 2 * src : src) - gone_before;
+      if (src < sets.num_dst) {
+        row_of[2 * src + 1] = by_index ? 2 * src + 1 - gone_before - merged : num_unmerged + src;
       }
-      gone += (total >> 16) + min(ties + (total & 0xffff), bound.num_ties) - min(ties, bound.num_ties);
-      ties += total & 0xffff;
     });
   };
   if constexpr (kItems > 0) {
-    RegisterKeys<kItems> keys;
-#pragma unroll
-    for (int item = 0; item < kItems; ++item) {
-      const int i = item * threads + static_cast<int>(threadIdx.x);
-      keys.key[item] = i < n ? match(i) : kKeyExcluded;
-    }
-    number(keys);
+    number(register_keys<kItems>(team, n, match));
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < n; i += threads) match(i);
     const auto key_at = [&](int i) {  // of a source that this thread has matched

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred import _op
+from tokred._topk import select_reference
 from tokred.compact.gather_tokens import scatter_rows
 
 
@@ -52,7 +53,7 @@ def prune_topk(
 
     Ties go to the lowest index; NaN ranks below every number, above excluded tokens; -0.0 equals 0.0. Deterministic, the
     same indices on every device; a row's result does not depend on its batch. Shapes depend on shapes and ``k`` alone.
-    On CUDA, rows beyond 32,768 tokens take a workspace of 8 bytes per candidate, 256 KiB a row at most.
+    On CUDA, rows beyond 8,192 tokens take a workspace of 8 bytes per candidate, 260 KiB a row at most.
     Differentiable in ``x`` and ``others``; not in ``score``.
 
     Example:
@@ -70,21 +71,6 @@ def prune_topk(
     )
     counts = (num_kept,) if cu_seqlens is not None or return_num_kept else ()
     return (x_kept, kept_idx, *counts, *(() if others is None else (others_kept,)))
-
-
-def select_reference(score: Tensor, k: int, keep: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-    """Define the selection of one row: ``[num_tokens]`` to ``[k]`` int64, increasing, then -1."""
-    num_tokens = score.shape[0]
-    eligible = torch.ones_like(score, dtype=torch.bool) if drop is None else ~drop
-    forced = eligible & keep if keep is not None else torch.zeros_like(eligible)
-    value = score.float()
-    order = torch.arange(num_tokens, device=score.device)
-    # Least significant first: each stable sort keeps the order of the ones before it.
-    for key in (value.nan_to_num(-torch.inf, torch.inf, -torch.inf), ~value.isnan(), forced, eligible):
-        order = order[key[order].float().argsort(descending=True, stable=True)]
-    kept = order[:k]
-    kept = kept[eligible[kept]].sort().values
-    return torch.cat([kept, kept.new_full((k - kept.shape[0],), -1)])
 
 
 def reference(
