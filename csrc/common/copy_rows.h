@@ -35,6 +35,47 @@ inline void copy_row(char* dst, const char* src, int64_t bytes) {
   }
 }
 
+// Rows copied side by side. One row at a time keeps too few of the memory's banks busy, and the hardware's prefetcher
+// starts anew in each: four in turns of 256 bytes took two thirds of the time (4 KiB rows, Zen 4).
+constexpr int64_t kRowsAtOnce = 4;
+
+void copy_rows_at_once(char* dst, const char* const* src, int64_t bytes);  // dst: one after the other
+
+// Rows begin..end of one list.
+template <typename Source>
+void gather_wide_rows(char* dst, const char* src, const RowTensor& t, int64_t begin, int64_t end,
+                      const Source& source) {
+  while (begin < end) {
+    const char* rows[kRowsAtOnce];
+    const int64_t n = end - begin < kRowsAtOnce ? end - begin : kRowsAtOnce;
+    bool full = n == kRowsAtOnce;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t token = source(begin + r);
+      rows[r] = token < 0 ? nullptr : src + token * t.src_token;
+      full = full && rows[r];
+    }
+    if (full) {
+      copy_rows_at_once(dst, rows, t.row_bytes);
+    } else {
+      for (int64_t r = 0; r < n; ++r) copy_row(dst + r * t.row_bytes, rows[r], t.row_bytes);
+    }
+    dst += n * t.row_bytes;
+    begin += n;
+  }
+}
+
+// The same for a width known here: position ids, masks, scores. A row costs a cache miss and nothing
+// else, so the loop only has to run ahead of the misses.
+template <int kBytes, typename Source>
+void gather_small_rows(char* dst, const char* src, int64_t stride, int64_t begin, int64_t end, const Source& source) {
+  constexpr int64_t kAhead = 32;
+  for (int64_t i = begin; i < end; ++i, dst += kBytes) {
+    const int64_t next = source(i + kAhead < end ? i + kAhead : i), token = source(i);
+    if (next >= 0) __builtin_prefetch(src + next * stride);
+    copy_row(dst, token < 0 ? nullptr : src + token * stride, kBytes);
+  }
+}
+
 // Gathers slots rows per (batch, head) of t. source(batch, head, slot) is the row's token, any id outside
 // [0, num_tokens(batch)) already turned into -1 (a zero row), with the batch's first token added for packed tensors.
 template <typename Source>
@@ -42,33 +83,30 @@ void gather_rows(const RowTensor& t, int64_t batch_size, int64_t slots, const So
   const int64_t rows = batch_size * t.num_heads * slots;
   if (rows == 0 || t.row_bytes == 0) return;
   const int64_t grain = 1 + (int64_t{256} << 10) / (t.row_bytes + 16);  // 256 KiB: about 10 us of copying
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    int64_t slot = begin % slots, head = begin / slots % t.num_heads, batch = begin / slots / t.num_heads;
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t token = source(batch, head, slot);
-      const char* src = token < 0 ? nullptr : t.src + batch * t.src_batch + head * t.src_head + token * t.src_token;
+  parallel_for(rows, grain, [&](int64_t row, int64_t last) {
+    while (row < last) {  // one list's share of the piece
+      const int64_t batch = row / slots / t.num_heads, head = row / slots % t.num_heads, begin = row % slots;
+      const int64_t end = last - row < slots - begin ? begin + last - row : slots;
+      const char* src = t.src + batch * t.src_batch + head * t.src_head;
       char* dst = t.dst + row * t.row_bytes;
-      switch (t.row_bytes) {  // position ids, masks: no call for a few bytes
+      const auto token_of = [&](int64_t slot) { return source(batch, head, slot); };
+      switch (t.row_bytes) {
         case 1:
-          *dst = src ? *src : 0;
+          gather_small_rows<1>(dst, src, t.src_token, begin, end, token_of);
           break;
         case 2:
-          copy_row(dst, src, 2);
+          gather_small_rows<2>(dst, src, t.src_token, begin, end, token_of);
           break;
         case 4:
-          copy_row(dst, src, 4);
+          gather_small_rows<4>(dst, src, t.src_token, begin, end, token_of);
           break;
         case 8:
-          copy_row(dst, src, 8);
+          gather_small_rows<8>(dst, src, t.src_token, begin, end, token_of);
           break;
         default:
-          copy_row(dst, src, t.row_bytes);
+          gather_wide_rows(dst, src, t, begin, end, token_of);
       }
-      if (++slot < slots) continue;
-      slot = 0;
-      if (++head < t.num_heads) continue;
-      head = 0;
-      ++batch;
+      row += end - begin;
     }
   });
 }
