@@ -8,5 +8,6 @@ from tokred.attend import *  # noqa: F403
 from tokred.compact import *  # noqa: F403
 from tokred.merge import *  # noqa: F403
 from tokred.score import *  # noqa: F403
+from tokred.select import *  # noqa: F403
 
 build_info = _ext.build_info

@@ -50,7 +50,7 @@ __device__ inline Eligible block_eligible(const PruneTopkArgs& args, int64_t mas
 // Calls emit(slot, token) for the kept tokens of the block's row; returns how many there are. kItems 0 streams the row.
 template <typename T, int kItems, typename Emit>
 __device__ inline int select_row(const PruneTopkArgs& args, int64_t batch_idx, SelectStorage& shared, Emit&& emit) {
-  const PruneTopkRow row = prune_topk_row(args, batch_idx);
+  const TokenSpan row = prune_topk_row(args, batch_idx);
   const int len = static_cast<int>(row.len);
   const int64_t mask_offset = args.cu_seqlens ? row.begin : batch_idx * args.num_tokens;
   const T* score = static_cast<const T*>(args.score) + batch_idx * args.stride_score;

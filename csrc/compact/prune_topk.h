@@ -3,6 +3,7 @@
 #pragma once
 #include "common/copy_rows.h"
 #include "common/dispatch.h"
+#include "common/ragged.h"
 
 namespace tokred {
 
@@ -26,18 +27,9 @@ struct PruneTopkArgs {
   uint32_t* workspace;  // CUDA, long rows: [2, batch_size, num_chunks * chunk_slots] keys, then tokens
 };
 
-// The tokens of one row: [begin, begin + len) of the score, clipped so that a bad cu_seqlens reads nothing out of
-// bounds.
-struct PruneTopkRow {
-  int64_t begin, len;
-};
-TOKRED_HOST_DEVICE PruneTopkRow prune_topk_row(const PruneTopkArgs& a, int64_t batch_idx) {
-  if (!a.cu_seqlens) return {0, a.num_tokens};
-  int64_t begin = a.cu_seqlens[batch_idx], end = a.cu_seqlens[batch_idx + 1];
-  begin = begin < 0 ? 0 : begin;
-  end = end > a.num_tokens ? a.num_tokens : end;
-  if (end > begin + a.max_seqlen) end = begin + a.max_seqlen;
-  return {begin, end > begin ? end - begin : 0};
+// The tokens of one row, as positions in score.
+TOKRED_HOST_DEVICE TokenSpan prune_topk_row(const PruneTopkArgs& a, int64_t batch_idx) {
+  return token_span(a.cu_seqlens, a.num_tokens, a.max_seqlen, batch_idx);
 }
 
 // How the CUDA path runs a call. Pure: a function of sizes alone.

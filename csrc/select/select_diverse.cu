@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+// Floor: one symmetric product, then k dependent picks. Three launches: each token's norm; tiles of the product on and
+// above the diagonal, each similarity written to both of its places; and one block per sequence that makes all picks.
+// A pick costs one row of similarities (from L2, some 300 ns) and one barrier: tokens stay in registers, one to four a
+// thread, and the best one is found by two warp reductions before the barrier and two after it. Beyond 4,096 tokens
+// similarities are not kept: the picking block multiplies the row of each pick itself, one warp per token.
+#include "common/block.cuh"
+#include "common/launch.cuh"
+#include "common/row_tiles.cuh"
+#include "common/score_key.h"
+#include "select/select_diverse.h"
+
+namespace tokred {
+namespace {
+
+constexpr int kStages = 3;
+constexpr int kRows = kDiverseBlockRows, kCols = kDiverseBlockCols;
+
+template <typename T>
+__device__ inline const T* first_token(const SelectDiverseArgs& args, int64_t batch_idx, const TokenSpan& span) {
+  return static_cast<const T*>(args.x) + batch_idx * args.stride_batch + span.begin * args.stride_token;
+}
+
+// Sum of products of two rows; valid in every lane.
+template <typename T, int kVec>
+__device__ inline float warp_dot(const T* a, const T* b, int64_t dim) {
+  float sum = 0.f;
+  for (int64_t c = lane_index() * kVec; c < dim; c += kWarpSize * kVec) {
+    const auto left = load_pack<kVec>(a + c), right = load_pack<kVec>(b + c);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum += static_cast<float>(left.v[i]) * static_cast<float>(right.v[i]);
+  }
+  return warp_sum(sum);
+}
+
+// grid: batch_size * blocks of tokens, one warp per token.
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kDiversePrepareThreads) select_diverse_prepare_kernel(const SelectDiverseArgs args) {
+  constexpr int kPerBlock = kDiversePrepareThreads / kWarpSize;
+  const int64_t blocks = ceil_div<int64_t>(args.max_seqlen, kPerBlock);
+  const int64_t batch_idx = blockIdx.x / blocks;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) % blocks * kPerBlock + warp_index();
+  const TokenSpan span = diverse_span(args, batch_idx);
+  if (token >= span.len) return;  // the whole warp
+  const T* row = first_token<T>(args, batch_idx, span) + token * args.stride_token;
+  const float squares = warp_dot<T, kVec>(row, row, args.dim);
+  float term = diverse_term(args.metric, squares, sqrtf(squares));
+  if (args.positions) {
+    const float* xyz = args.positions + 3 * (diverse_first_token(args, batch_idx, span) + token);
+    for (int c = 0; c < 3; ++c) term += diverse_zero_if_finite(xyz[c]);
+  }
+  if (lane_index() == 0) {
+    args.term[batch_idx * args.max_seqlen + token] = term;
+    if (args.nearest) args.nearest[batch_idx * args.max_seqlen + token] = kKeyExcluded;
+  }
+}
+
+struct GramStorage {
+  StepTile<kRows> rows[kStages];
+  StepTile<kCols> cols[kStages];
+  float row_term[kRows], col_term[kCols];
+  unsigned char row_skip[kRows], col_skip[kCols];  // nobody's nearest
+};
+
+// Column c of tiles has 2 c + 2 tiles of rows, so c * (c + 1) tiles come before it.
+__device__ inline int tile_column(unsigned tile) {
+  int column = static_cast<int>((sqrtf(4.f * static_cast<float>(tile) + 1.f) - 1.f) * 0.5f);
+  while (static_cast<unsigned>(column) * (static_cast<unsigned>(column) + 1) > tile) --column;
+  while ((static_cast<unsigned>(column) + 1) * (static_cast<unsigned>(column) + 2) <= tile) ++column;
+  return column;
+}
+
+// Turns a warp's accumulators into similarities and writes those on and above the diagonal, twice; row and column are
+// those of the tile's first token.
+__device__ inline void warp_write(const SelectDiverseArgs& args, float (&acc)[2][8][4], const GramStorage& shared,
+                                  int first_row, int first_col, int64_t row_begin, int64_t col_begin, int64_t len,
+                                  float* gram) {
+  const int lane = lane_index();
+  const int64_t n = args.max_seqlen;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int row = first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
+    const float term = shared.row_term[row];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int col = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+      float& value = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
+      value = diverse_similarity(args.metric, value, term, shared.col_term[col]);
+      const int64_t at_row = row_begin + row, at_col = col_begin + col;
+      if (gram && at_row <= at_col && at_col < len) {
+        gram[at_row * n + at_col] = value;
+        gram[at_col * n + at_row] = value;
+      }
+    }
+  }
+}
+
+// Folds a warp's similarities into the nearest tokens of its rows and columns. A key is 0 where a pair does not count:
+// below the diagonal, a token with itself, past the end. The largest of keys does not depend on their order.
+__device__ inline void warp_fold_nearest(float (&acc)[2][8][4], const GramStorage& shared, int first_row, int first_col,
+                                         int64_t row_begin, int64_t col_begin, int64_t len, uint32_t* nearest) {
+  const int lane = lane_index();
+  uint32_t best_of_row[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int col = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+    const int64_t at_col = col_begin + col;
+    uint32_t best = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
+      const bool pair = row_begin + row < at_col && at_col < len;
+      const uint32_t key = pair ? score_key(acc[r / 2][i / 2][2 * (r % 2) + i % 2]) : 0;
+      if (!shared.col_skip[col]) best_of_row[r] = max(best_of_row[r], key);
+      if (!shared.row_skip[row]) best = max(best, key);
+    }
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) best = max(best, __shfl_xor_sync(kFullMask, best, offset));
+    if (lane < 4 && best > 0) atomicMax(nearest + at_col, best);
+  }
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t best = warp_reduce<4>(best_of_row[r], Max());
+    const int64_t at_row = row_begin + first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
+    if (lane % 4 == 0 && best > 0) atomicMax(nearest + at_row, best);
+  }
+}
+
+// grid: sequences of the group * tiles.
+template <typename T, bool kVectorLoads>
+__global__ void __launch_bounds__(kTileThreads, kVectorLoads && sizeof(T) == 2 ? 3 : 2)
+    select_diverse_gram_kernel(const SelectDiverseArgs args, int64_t first_batch, unsigned tiles) {
+  TOKRED_SHARED(GramStorage, shared);
+  const int64_t in_group = blockIdx.x / tiles, batch_idx = first_batch + in_group;
+  const unsigned tile = blockIdx.x % tiles;
+  const int column = tile_column(tile);
+  const int64_t row_begin = (static_cast<int64_t>(tile) - int64_t{column} * (column + 1)) * kRows;
+  const int64_t col_begin = int64_t{column} * kCols;
+  const TokenSpan span = diverse_span(args, batch_idx);
+  if (row_begin >= span.len || col_begin >= span.len) return;  // the whole block
+  const T* x = first_token<T>(args, batch_idx, span);
+  const float* term = args.term + batch_idx * args.max_seqlen;
+  const uint8_t* drop = args.drop_mask ? args.drop_mask + diverse_first_token(args, batch_idx, span) : nullptr;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows + kCols; i += kTileThreads) {
+    const int64_t token = i < kRows ? row_begin + i : col_begin + i - kRows;
+    const bool valid = token < span.len;
+    (i < kRows ? shared.row_term[i] : shared.col_term[i - kRows]) = valid ? term[token] : 0.f;
+    (i < kRows ? shared.row_skip[i] : shared.col_skip[i - kRows]) = valid && drop && drop[token];
+  }
+
+  const int num_steps = static_cast<int>(max(ceil_div<int64_t>(args.dim * sizeof(T), kStepBytes), int64_t{1}));
+  const auto load = [&](int step) {
+    if (step < num_steps) {
+      const int64_t depth = int64_t{step} * (kStepBytes / sizeof(T));
+      thread_load<T, kVectorLoads>(shared.rows[step % kStages], x + row_begin * args.stride_token, args.stride_token,
+                                   span.len - row_begin, depth, args.dim);
+      thread_load<T, kVectorLoads>(shared.cols[step % kStages], x + col_begin * args.stride_token, args.stride_token,
+                                   span.len - col_begin, depth, args.dim);
+    }
+    cp_async_commit();
+  };
+  const int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64;
+  float acc[2][8][4] = {};
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int step = 0; step < num_steps; ++step) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // this step is there for all, and the one before is read by all; at first, terms are written
+    load(step + kStages - 1);
+    const int num_cols = static_cast<int>(min(span.len - col_begin, int64_t{kCols}));
+    warp_product<T>(shared.rows[step % kStages], shared.cols[step % kStages], first_row, first_col, num_cols, acc);
+  }
+  cp_async_wait<0>();
+  float* gram = args.gram ? args.gram + in_group * args.max_seqlen * args.max_seqlen : nullptr;
+  warp_write(args, acc, shared, first_row, first_col, row_begin, col_begin, span.len, gram);
+  if (args.nearest) {
+    warp_fold_nearest(acc, shared, first_row, first_col, row_begin, col_begin, span.len,
+                      args.nearest + batch_idx * args.max_seqlen);
+  }
+}
+
+constexpr int kFree = -1, kExcluded = -2;  // not picked; never to be picked
+
+// What the picking block knows of its tokens: item i of thread t is token i * blockDim.x + t. for_each(f) calls
+// f(token, state, folded, pick): the state that values are made of; the same with the picks of this step; and the
+// number of the pick that took the token, kFree or kExcluded. A thread only ever meets its own tokens.
+template <int kItems>
+struct RegisterTokens {
+  float state[kItems], folded[kItems];
+  int pick[kItems];
+
+  template <typename F>
+  __device__ void for_each(F&& f) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      f(i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x), state[i], folded[i], pick[i]);
+  }
+};
+struct StreamTokens {
+  float *state, *folded;
+  int* pick;
+  int len;
+
+  template <typename F>
+  __device__ void for_each(F&& f) {
+    for (int i = static_cast<int>(threadIdx.x); i < len; i += static_cast<int>(blockDim.x))
+      f(i, state[i], folded[i], pick[i]);
+  }
+};
+
+// Rows of similarities that are there.
+struct GramRows {
+  const float* gram;
+  int64_t stride;
+  __device__ const float* row(int pick) const { return gram + pick * stride; }
+};
+// Rows made when asked for, by all threads of the block. The next one may be asked for after a barrier.
+template <typename T, int kVec>
+struct StreamRows {
+  const T* x;
+  const float* term;
+  float* out;
+  int64_t stride_token, dim;
+  int len;
+  DiverseMetric metric;
+
+  __device__ const float* row(int pick) const {
+    const int num_warps = num_threads_in_block() / kWarpSize;
+    for (int token = warp_index(); token < len; token += num_warps) {
+      const float dot = warp_dot<T, kVec>(x + token * stride_token, x + pick * stride_token, dim);
+      if (lane_index() == 0) out[token] = diverse_similarity(metric, dot, term[token], term[pick]);
+    }
+    __syncthreads();  // the row is whole
+    return out;
+  }
+};
+
+struct PickStorage {
+  uint32_t key[2][kWarpSize];  // the best of each warp; two sets, so that a pick needs one barrier
+  int token[2][kWarpSize];
+  BlockScratch block;
+};
+struct Best {
+  uint32_t key;
+  int token;
+};
+
+// The free token of the largest value(token, state), the lowest of equal ones; valid in every thread. set alternates.
+template <typename Tokens, typename Value>
+__device__ inline Best block_best(Tokens& tokens, Value&& value, int set, PickStorage& shared) {
+  Best best{kKeyExcluded, 0x7fffffff};
+  tokens.for_each([&](int token, float state, float, int pick) {
+    if (pick != kFree) return;
+    const uint32_t key = score_key(value(token, state));
+    if (key > best.key) best = {key, token};  // a thread's tokens ascend
+  });
+  const uint32_t of_warp = warp_max(best.key);
+  const int token = warp_min(best.key == of_warp ? best.token : 0x7fffffff);
+  const int lane = lane_index(), num_warps = num_threads_in_block() / kWarpSize;
+  if (lane == 0) {
+    shared.key[set][warp_index()] = of_warp;
+    shared.token[set][warp_index()] = token;
+  }
+  __syncthreads();  // this set is written; the readers of the other one passed the barrier before
+  const uint32_t key = lane < num_warps ? shared.key[set][lane] : kKeyExcluded;
+  const uint32_t of_block = warp_max(key);
+  return {of_block, warp_min(lane < num_warps && key == of_block ? shared.token[set][lane] : 0x7fffffff)};
+}
+
+__device__ inline float value_of_key(uint32_t key) {
+  if (key <= kKeyNaN) return kDiverseNaN;
+  return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
+}
+
+__device__ inline float distance(const float* a, const float* b) {
+  return sqrtf(diverse_geometry(a[0] - b[0], a[1] - b[1], a[2] - b[2]));
+}
+
+// All picks of one sequence.
+template <typename Tokens, typename Rows>
+__device__ inline void block_pick(const SelectDiverseArgs& args, int64_t batch_idx, const TokenSpan& span,
+                                  Tokens& tokens, const Rows& rows, PickStorage& shared) {
+  const int64_t first = diverse_first_token(args, batch_idx, span);
+  const int64_t first_weight = batch_idx * args.stride_weight + span.begin;
+  const float* term = args.term + batch_idx * args.max_seqlen;
+  const uint32_t* nearest = args.nearest ? args.nearest + batch_idx * args.max_seqlen : nullptr;
+  const float* xyz = args.positions ? args.positions + 3 * first : nullptr;
+  const bool weighted = args.weight.data != nullptr;
+  const DiverseScale scale = diverse_scale(args);
+  int64_t* kept = args.kept_idx + batch_idx * args.k;
+  float* out_value = args.value + batch_idx * args.k;
+
+  int eligible = 0;
+  tokens.for_each([&](int token, float& state, float& folded, int& pick) {
+    const bool open = token < span.len && !(args.drop_mask && args.drop_mask[first + token]);
+    const bool number = open && term[token] == term[token];
+    state = folded = number ? diverse_initial(args.rule) : kDiverseNaN;
+    pick = open ? kFree : kExcluded;
+    eligible += open;
+  });
+  eligible = block_sum(eligible, shared.block);
+  const int count = static_cast<int>(min(args.k, int64_t{eligible}));
+
+  int given = -1;
+  if (args.start == DiverseStart::kGiven && count > 0) {
+    const int64_t wanted = args.start_idx[batch_idx];
+    const bool open = wanted >= 0 && wanted < span.len && !(args.drop_mask && args.drop_mask[first + wanted]);
+    given = open ? static_cast<int>(wanted) : -1;
+  }
+  const auto start_value = [&](int token, float state) {
+    if (state != state) return kDiverseNaN;
+    if (args.start == DiverseStart::kWeight) return args.weight[first_weight + token];
+    if (args.start != DiverseStart::kFarthest) return kDiverseInf;
+    const uint32_t key = nearest[token];
+    const float base = args.metric == DiverseMetric::kCosine ? 1.f : 0.f;
+    return base - (key > kKeyNaN ? value_of_key(key) : -kDiverseInf);
+  };
+  const auto rule_value = [&](int token, float state) {
+    return diverse_value(args.rule, scale.base, args.lam, state, weighted,
+                         weighted ? args.weight[first_weight + token] : 0.f);
+  };
+
+  bool started = false;  // values are those of the rule
+  int64_t left = args.start == DiverseStart::kWeight ? args.picks_per_step : 1;
+  float per_distance = 0.f;
+  for (int i = 0; i < count; ++i) {
+    Best best = block_best(
+        tokens,
+        [&](int token, float state) {
+          // A given token stands out; without one all are equal and the lowest is taken.
+          if (given >= 0) return token == given ? kDiverseInf : -kDiverseInf;
+          return started ? rule_value(token, state) : start_value(token, state);
+        },
+        i % 2, shared);
+    if (given >= 0 && !(term[given] == term[given])) best.key = kKeyNaN;
+    given = -1;
+    const int picked = best.token;
+    const float value = value_of_key(best.key);
+    if (threadIdx.x == 0 && !args.by_index) {
+      kept[i] = picked;
+      out_value[i] = value;
+    }
+    const bool last = i + 1 == count, end_of_step = --left == 0;
+    const float* row = last ? nullptr : rows.row(picked);
+    if (xyz && i == 0) {
+      float largest = 0.f;
+      tokens.for_each([&](int token, float state, float, int) {
+        if (state == state) largest = fmaxf(largest, distance(xyz + 3 * token, xyz + 3 * picked));
+      });
+      per_distance = diverse_per_distance(args.position_weight, block_max(largest, shared.block));
+    }
+    tokens.for_each([&](int token, float& state, float& folded, int& pick) {
+      if (token == picked) {
+        pick = i;
+        state = value;  // kept for the end
+      }
+      if (pick != kFree || last) return;
+      float similarity = row[token];
+      if (xyz) {
+        similarity =
+            diverse_with_position(similarity, scale.feature, distance(xyz + 3 * token, xyz + 3 * picked), per_distance);
+      }
+      folded = diverse_fold(args.rule, folded, similarity);
+      if (end_of_step) state = folded;
+    });
+    if (end_of_step) {
+      left = args.picks_per_step;
+      started = true;
+    }
+  }
+  if (args.by_index) {
+    int slots = 0;  // tokens taken before this tile
+    for (int tile = 0; tile < span.len; tile += static_cast<int>(blockDim.x)) {
+      int taken = 0;
+      float value = 0.f;
+      const int own = tile + static_cast<int>(threadIdx.x);
+      tokens.for_each([&](int token, float state, float, int pick) {
+        if (token == own && pick >= 0) {
+          taken = 1;
+          value = state;
+        }
+      });
+      int total;
+      const int before = block_exclusive_scan(taken, shared.block, &total);
+      if (taken) {
+        kept[slots + before] = own;
+        out_value[slots + before] = value;
+      }
+      slots += total;
+    }
+  }
+  for (int64_t i = count + static_cast<int64_t>(threadIdx.x); i < args.k; i += blockDim.x) {
+    kept[i] = -1;
+    out_value[i] = kDiverseNaN;
+  }
+  if (threadIdx.x == 0) args.num_kept[batch_idx] = count;
+}
+
+// grid: sequences of the group.
+template <int kItems>
+__global__ void __launch_bounds__(kDiverseMaxThreads)
+    select_diverse_pick_kernel(const SelectDiverseArgs args, int64_t first_batch) {
+  TOKRED_SHARED(PickStorage, shared);
+  const int64_t batch_idx = first_batch + blockIdx.x, n = args.max_seqlen;
+  RegisterTokens<kItems> tokens;
+  block_pick(args, batch_idx, diverse_span(args, batch_idx), tokens, GramRows{args.gram + blockIdx.x * n * n, n},
+             shared);
+}
+
+// The same beyond kDiverseGramTokens. grid: batch_size.
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kDiverseMaxThreads) select_diverse_stream_kernel(const SelectDiverseArgs args) {
+  TOKRED_SHARED(PickStorage, shared);
+  const int64_t batch_idx = blockIdx.x, n = args.max_seqlen, all = args.batch_size * n;
+  const TokenSpan span = diverse_span(args, batch_idx);
+  const int len = static_cast<int>(span.len);
+  float* own = args.rows + batch_idx * n;
+  StreamTokens tokens{own + all, own + 2 * all, args.pick + batch_idx * n, len};
+  const StreamRows<T, kVec> rows{first_token<T>(args, batch_idx, span),
+                                 args.term + batch_idx * n,
+                                 own,
+                                 args.stride_token,
+                                 args.dim,
+                                 len,
+                                 args.metric};
+  block_pick(args, batch_idx, span, tokens, rows, shared);
+}
+
+template <typename T, bool kVectorLoads>
+int run(const SelectDiverseArgs& args, const SelectDiversePolicy& policy, CUstream_st* stream) {
+  constexpr int kVec = kVectorLoads ? 16 / sizeof(T) : 1;
+  const dim3 picking(static_cast<unsigned>(policy.threads));
+  const int64_t prepare = args.batch_size * ceil_div<int64_t>(args.max_seqlen, kDiversePrepareThreads / kWarpSize);
+  int error = launch(select_diverse_prepare_kernel<T, kVec>, dim3(static_cast<unsigned>(prepare)),
+                     dim3(kDiversePrepareThreads), 0, stream, args);
+  for (int64_t first = 0; first < args.batch_size && error == cudaSuccess; first += policy.group_size) {
+    const unsigned count = static_cast<unsigned>(std::min(policy.group_size, args.batch_size - first));
+    const unsigned tiles = static_cast<unsigned>(policy.tiles);
+    error = launch(select_diverse_gram_kernel<T, kVectorLoads>, dim3(count * tiles), dim3(kTileThreads),
+                   sizeof(GramStorage), stream, args, first, tiles);
+    if (error != cudaSuccess) return error;
+    if (policy.items == 0) {
+      error = launch(select_diverse_stream_kernel<T, kVec>, dim3(count), picking, sizeof(PickStorage), stream, args);
+    } else {
+      (void)dispatch_int<1, 4>(policy.items, [&](auto items) {
+        error = launch(select_diverse_pick_kernel<decltype(items)::value>, dim3(count), picking, sizeof(PickStorage),
+                       stream, args, first);
+      });
+    }
+  }
+  return error;
+}
+
+}  // namespace
+
+int select_diverse_cuda(const SelectDiverseArgs& args, CUstream_st* stream) {
+  if (args.batch_size == 0) return cudaSuccess;
+  const SelectDiversePolicy policy = choose_policy(args, reinterpret_cast<uint64_t>(args.x));
+  int error = cudaSuccess;
+  dispatch_float(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    error = policy.vector_loads ? run<T, true>(args, policy, stream) : run<T, false>(args, policy, stream);
+  });
+  return error;
+}
+
+}  // namespace tokred
