@@ -26,6 +26,7 @@ __device__ inline const T* first_token(const SelectDiverseArgs& args, int64_t ba
 template <typename T, int kVec>
 __device__ inline float warp_dot(const T* a, const T* b, int64_t dim) {
   float sum = 0.f;
+#pragma unroll 2
   for (int64_t c = lane_index() * kVec; c < dim; c += kWarpSize * kVec) {
     const auto left = load_pack<kVec>(a + c), right = load_pack<kVec>(b + c);
 #pragma unroll
@@ -71,26 +72,23 @@ __device__ inline int tile_column(unsigned tile) {
   return column;
 }
 
-// Turns a warp's accumulators into similarities and writes those on and above the diagonal, twice; row and column are
-// those of the tile's first token.
-__device__ inline void warp_write(const SelectDiverseArgs& args, float (&acc)[2][8][4], const GramStorage& shared,
-                                  int first_row, int first_col, int64_t row_begin, int64_t col_begin, int64_t len,
-                                  float* gram) {
-  const int lane = lane_index();
-  const int64_t n = args.max_seqlen;
+// Turns a warp's accumulators into similarities and writes those on and above the diagonal, twice. row_begin and
+// col_begin: tokens of the warp's first row and column. Offsets in gram fit 32 bits: it has 2^24 elements at most.
+__device__ inline void warp_write(const SelectDiverseArgs& args, float (&acc)[2][8][4], const float* row_term,
+                                  const float* col_term, int row_begin, int col_begin, int len, float* gram) {
+  const int lane = lane_index(), n = static_cast<int>(args.max_seqlen);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int row = first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
-    const float term = shared.row_term[row];
+    const int row = 16 * (r / 2) + 8 * (r % 2) + lane / 4;
+    const float term = row_term[row];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int col = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+      const int col = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
       float& value = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-      value = diverse_similarity(args.metric, value, term, shared.col_term[col]);
-      const int64_t at_row = row_begin + row, at_col = col_begin + col;
-      if (gram && at_row <= at_col && at_col < len) {
-        gram[at_row * n + at_col] = value;
-        gram[at_col * n + at_row] = value;
+      value = diverse_similarity(args.metric, value, term, col_term[col]);
+      if (gram && row_begin + row <= col_begin + col && col_begin + col < len) {
+        gram[(row_begin + row) * n + col_begin + col] = value;
+        gram[(col_begin + col) * n + row_begin + row] = value;
       }
     }
   }
@@ -98,32 +96,31 @@ __device__ inline void warp_write(const SelectDiverseArgs& args, float (&acc)[2]
 
 // Folds a warp's similarities into the nearest tokens of its rows and columns. A key is 0 where a pair does not count:
 // below the diagonal, a token with itself, past the end. The largest of keys does not depend on their order.
-__device__ inline void warp_fold_nearest(float (&acc)[2][8][4], const GramStorage& shared, int first_row, int first_col,
-                                         int64_t row_begin, int64_t col_begin, int64_t len, uint32_t* nearest) {
+__device__ inline void warp_fold_nearest(float (&acc)[2][8][4], const unsigned char* row_skip,
+                                         const unsigned char* col_skip, int row_begin, int col_begin, int len,
+                                         uint32_t* nearest) {
   const int lane = lane_index();
   uint32_t best_of_row[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const int col = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-    const int64_t at_col = col_begin + col;
+    const int col = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
     uint32_t best = 0;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int row = first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
-      const bool pair = row_begin + row < at_col && at_col < len;
+      const int row = 16 * (r / 2) + 8 * (r % 2) + lane / 4;
+      const bool pair = row_begin + row < col_begin + col && col_begin + col < len;
       const uint32_t key = pair ? score_key(acc[r / 2][i / 2][2 * (r % 2) + i % 2]) : 0;
-      if (!shared.col_skip[col]) best_of_row[r] = max(best_of_row[r], key);
-      if (!shared.row_skip[row]) best = max(best, key);
+      if (!col_skip[col]) best_of_row[r] = max(best_of_row[r], key);
+      if (!row_skip[row]) best = max(best, key);
     }
 #pragma unroll
     for (int offset = 4; offset < kWarpSize; offset *= 2) best = max(best, __shfl_xor_sync(kFullMask, best, offset));
-    if (lane < 4 && best > 0) atomicMax(nearest + at_col, best);
+    if (lane < 4 && best > 0) atomicMax(nearest + col_begin + col, best);
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const uint32_t best = warp_reduce<4>(best_of_row[r], Max());
-    const int64_t at_row = row_begin + first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
-    if (lane % 4 == 0 && best > 0) atomicMax(nearest + at_row, best);
+    if (lane % 4 == 0 && best > 0) atomicMax(nearest + row_begin + 16 * (r / 2) + 8 * (r % 2) + lane / 4, best);
   }
 }
 
@@ -171,10 +168,12 @@ __global__ void __launch_bounds__(kTileThreads, kVectorLoads && sizeof(T) == 2 ?
     warp_product<T>(shared.rows[step % kStages], shared.cols[step % kStages], first_row, first_col, num_cols, acc);
   }
   cp_async_wait<0>();
+  const int row = static_cast<int>(row_begin) + first_row, col = static_cast<int>(col_begin) + first_col;
+  const int len = static_cast<int>(span.len);
   float* gram = args.gram ? args.gram + in_group * args.max_seqlen * args.max_seqlen : nullptr;
-  warp_write(args, acc, shared, first_row, first_col, row_begin, col_begin, span.len, gram);
+  warp_write(args, acc, shared.row_term + first_row, shared.col_term + first_col, row, col, len, gram);
   if (args.nearest) {
-    warp_fold_nearest(acc, shared, first_row, first_col, row_begin, col_begin, span.len,
+    warp_fold_nearest(acc, shared.row_skip + first_row, shared.col_skip + first_col, row, col, len,
                       args.nearest + batch_idx * args.max_seqlen);
   }
 }
@@ -203,6 +202,7 @@ struct StreamTokens {
 
   template <typename F>
   __device__ void for_each(F&& f) {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < len; i += static_cast<int>(blockDim.x))
       f(i, state[i], folded[i], pick[i]);
   }
@@ -226,6 +226,7 @@ struct StreamRows {
 
   __device__ const float* row(int pick) const {
     const int num_warps = num_threads_in_block() / kWarpSize;
+#pragma unroll 1
     for (int token = warp_index(); token < len; token += num_warps) {
       const float dot = warp_dot<T, kVec>(x + token * stride_token, x + pick * stride_token, dim);
       if (lane_index() == 0) out[token] = diverse_similarity(metric, dot, term[token], term[pick]);
@@ -277,9 +278,9 @@ __device__ inline float distance(const float* a, const float* b) {
 }
 
 // All picks of one sequence.
-template <typename Tokens, typename Rows>
+template <typename Tokens, typename RowSource>
 __device__ inline void block_pick(const SelectDiverseArgs& args, int64_t batch_idx, const TokenSpan& span,
-                                  Tokens& tokens, const Rows& rows, PickStorage& shared) {
+                                  Tokens& tokens, const RowSource& rows, PickStorage& shared) {
   const int64_t first = diverse_first_token(args, batch_idx, span);
   const int64_t first_weight = batch_idx * args.stride_weight + span.begin;
   const float* term = args.term + batch_idx * args.max_seqlen;
@@ -409,7 +410,7 @@ __global__ void __launch_bounds__(kDiverseMaxThreads)
 
 // The same beyond kDiverseGramTokens. grid: batch_size.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kDiverseMaxThreads) select_diverse_stream_kernel(const SelectDiverseArgs args) {
+__global__ void __launch_bounds__(kDiverseStreamThreads, 1) select_diverse_stream_kernel(const SelectDiverseArgs args) {
   TOKRED_SHARED(PickStorage, shared);
   const int64_t batch_idx = blockIdx.x, n = args.max_seqlen, all = args.batch_size * n;
   const TokenSpan span = diverse_span(args, batch_idx);

@@ -144,6 +144,8 @@ constexpr int64_t diverse_tile(int64_t num_tokens) {
 constexpr int kDiverseBlockRows = 64, kDiverseBlockCols = 128;  // of a CUDA block's tile
 constexpr int kDiversePrepareThreads = 256;                     // one warp per token
 constexpr int kDiverseMaxThreads = 1024;
+constexpr int kDiverseStreamThreads =
+    512;  // of a block that multiplies rows itself: with 1024 it would spill registers
 constexpr int64_t kDiverseGroupBytes = int64_t{1} << 30;  // of the similarities of the sequences that run together
 
 struct SelectDiversePolicy {
@@ -165,7 +167,7 @@ constexpr SelectDiversePolicy choose_policy(const SelectDiverseArgs& a, uint64_t
   const int64_t n = a.max_seqlen;
   const bool gram = n <= kDiverseGramTokens;
   const int items = !gram ? 0 : n <= kDiverseMaxThreads ? 1 : 4;
-  const int64_t threads = gram ? ceil_div(ceil_div(n, int64_t{items}), int64_t{32}) * 32 : kDiverseMaxThreads;
+  const int64_t threads = gram ? ceil_div(ceil_div(n, int64_t{items}), int64_t{32}) * 32 : kDiverseStreamThreads;
   const int64_t room = n > 0 ? std::max<int64_t>(kDiverseGroupBytes / (4 * n * n), 1) : 1;
   return {all % 16 == 0,
           gram,

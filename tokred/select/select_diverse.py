@@ -141,13 +141,10 @@ def _reference_row(x: Tensor, k: int, weight: Any, positions: Any, drop: Any, st
     free = ~drop if drop is not None else torch.ones_like(bad)
 
     if isinstance(start, str) and start == "farthest":
-        value = torch.full_like(squares, torch.nan)
-        others = free & ~bad
-        for i in others.nonzero()[:, 0].tolist():
-            others[i] = False
-            nearest = similar[i][others]
-            others[i] = True
-            value[i] = (1.0 if cosine else 0.0) - (nearest.max() if nearest.numel() else -torch.inf)
+        counts = (free & ~bad) & ~torch.eye(num_tokens, dtype=torch.bool, device=x.device)
+        nearest = similar.masked_fill(~counts, -torch.inf).amax(1) if num_tokens else squares
+        value = (1.0 if cosine else 0.0) - nearest
+        value = value.masked_fill(bad, torch.nan)
     elif isinstance(start, str) and start == "weight":
         value = w.masked_fill(bad, torch.nan)  # type: ignore[union-attr]
     else:
@@ -225,7 +222,11 @@ def reference(
         kept_idx[b, : len(picks)] = torch.tensor([picks[i] for i in at], dtype=torch.int64)
         value[b, : len(picks)] = torch.tensor([values[i] for i in at], dtype=value.dtype)
         num_kept[b] = len(picks)
-    outputs = [kept_idx, *([num_kept] if ends is not None or return_num_kept else []), *([value] if return_value else [])]
+    outputs = [
+        kept_idx,
+        *([num_kept] if ends is not None or return_num_kept else []),
+        *([value] if return_value else []),
+    ]
     moved = tuple(t.to(x.device) for t in outputs)
     return moved if len(moved) > 1 else moved[0]
 
