@@ -62,7 +62,9 @@ def _methods(arguments: argparse.Namespace) -> int:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--peers", help="only these, comma-separated: aten, compile, or a file of benchmarks/peers/; or none")
+    parser.add_argument(
+        "--peers", help="only these, comma-separated: aten, compile, or a file of benchmarks/peers/; or none"
+    )
     parser.add_argument("--core", action="store_true", help="only the core rows: minutes on a GPU")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--threads", default="1,2", help="CPU thread counts, comma-separated (default 1,2)")
@@ -125,7 +127,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="results of bench --json")
     parser.add_argument("--html", type=Path, help="write one self-contained page here")
-    parser.add_argument("--readme", action="store_true", help="bring the tables in README.md up to date (in a checkout)")
+    parser.add_argument(
+        "--readme", action="store_true", help="bring the tables in README.md up to date (in a checkout)"
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:

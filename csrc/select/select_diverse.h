@@ -34,7 +34,7 @@ struct SelectDiverseArgs {
   const int32_t* cu_seqlens;  // [batch_size + 1]; null: dense
   int64_t* kept_idx;          // [batch_size, k], -1 past num_kept
   int32_t* num_kept;          // [batch_size]
-  float* value;               // [batch_size, k], NaN past num_kept
+  float* value;               // [batch_size, k], -inf past num_kept
   int64_t batch_size;
   int64_t num_tokens;  // of a sequence when dense, of all sequences when packed
   int64_t max_seqlen;  // longest sequence that is looked at; num_tokens when dense

@@ -321,7 +321,7 @@ void select_sequence(const SelectDiverseArgs& a, int64_t batch) {
   int64_t* kept = a.kept_idx + batch * a.k;
   float* out_value = a.value + batch * a.k;
   std::fill_n(kept, a.k, int64_t{-1});
-  std::fill_n(out_value, a.k, kDiverseNaN);
+  std::fill_n(out_value, a.k, -kDiverseInf);
   a.num_kept[batch] = 0;
   if (n == 0 || a.k == 0) return;
 

@@ -309,7 +309,7 @@ def test_drop_mask(device):
             )
             assert_close(kept_idx[b, :count], rest[alone[0][0]])
             assert_close(value[b, :count], alone[1][0], rtol=1e-5, atol=1e-5)
-            assert (kept_idx[b, count:] == -1).all() and value[b, count:].isnan().all()
+            assert (kept_idx[b, count:] == -1).all() and (value[b, count:] == -torch.inf).all()
     assert (tokred.select_diverse(x, 5, drop_mask=torch.ones_like(drop)) == -1).all()
 
 
@@ -333,7 +333,7 @@ def test_packed_equals_dense(device, dtype, order):
                 drop_mask=drop[None, part].contiguous(), start=start[b : b + 1] if given else start, **options,
             )  # fmt: skip
             assert_close([packed[0][b, :k], packed[1][b], packed[2][b, :k]], [t[0] for t in alone], rtol=0, atol=0)
-            assert (packed[0][b, k:] == -1).all() and packed[2][b, k:].isnan().all()
+            assert (packed[0][b, k:] == -1).all() and (packed[2][b, k:] == -torch.inf).all()
 
 
 def test_bad_cu_seqlens_reads_nothing_out_of_bounds(device):
@@ -455,10 +455,20 @@ def test_long(device, rule, simt):
     x = torch.randint(-2, 3, (2, num_tokens, 3), device=device).float()
     weight = torch.randint(0, 5, (2, num_tokens), device=device).float()
     ends = torch.tensor([0, num_tokens, 2 * num_tokens - 300], dtype=torch.int32, device=device)
-    for start, picks in (("weight", 2), ("first", 1)) if simt else (("weight", 2), ("first", 1), ("farthest", 1)):
-        check(x[:1], 40, exact=True, metric="l2", rule=rule, start=start, weight=weight[:1], picks_per_step=picks)
+    for start, picks in (("weight", 2),) if simt else (("weight", 2), ("first", 1), ("farthest", 1)):
+        check(
+            x[:1],
+            10 if simt else 40,
+            exact=True,
+            metric="l2",
+            rule=rule,
+            start=start,
+            weight=weight[:1],
+            picks_per_step=picks,
+        )
     options = {"rule": rule, "metric": "l2", "start": "first", "weight": weight.flatten(), "order": "score"}
-    packed = tokred.select_diverse(x.flatten(0, 1), 30, cu_seqlens=ends, max_seqlen=num_tokens, **options)
+    k = 5 if simt else 30
+    packed = tokred.select_diverse(x.flatten(0, 1), k, cu_seqlens=ends, max_seqlen=num_tokens, **options)
     for b in range(2):
         alone = tokred.select_diverse(
             x[b : b + 1, : ends[b + 1] - ends[b]],

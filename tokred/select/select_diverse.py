@@ -78,7 +78,7 @@ def select_diverse(
           (fewer than ``k`` may be picked). No token is picked twice.
         - ``num_kept``: ``[batch_size]`` int32.
         - ``value``: ``[batch_size, k]`` float32, what each was picked for: the distance to the nearest other token or
-          the weight in the first step (infinity where the start is an index), then the rule's value; NaN past
+          the weight in the first step (infinity where the start is an index), then the rule's value; -inf past
           ``num_kept``.
 
     The first picks do not depend on ``k``, bit for bit. Ties go to the lowest index. NaN ranks below every number: a token
@@ -98,7 +98,7 @@ def select_diverse(
     Example:
         >>> x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.2], [0.1, 1.0]]])
         >>> tokred.select_diverse(x, 3, order="score").tolist()
-        [[3, 0, 2]]
+        [[3, 0, 4]]
     """
     start_idx = start if isinstance(start, Tensor) else None
     name = start if isinstance(start, str) else "farthest" if weight is None else "weight"
@@ -212,12 +212,13 @@ def reference(
     ends = None if cu_seqlens is None else cu_seqlens.tolist()
     batch_size = x.shape[0] if ends is None else len(ends) - 1
     kept_idx = torch.full((batch_size, k), -1, dtype=torch.int64)
-    value = torch.full((batch_size, k), torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    value = torch.full((batch_size, k), -torch.inf, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     num_kept = torch.zeros(batch_size, dtype=torch.int32)
     for b in range(batch_size):
         part = b if ends is None else slice(ends[b], ends[b + 1])
-        of_row = (None if t is None else t[part] for t in (weight, positions, drop_mask))
-        picks, values = _reference_row(x[part], k, *of_row, start if isinstance(start, str) else start[b], options)
+        w, xyz, drop = (None if t is None else t[part] for t in (weight, positions, drop_mask))
+        first = start if isinstance(start, str) else start[b]
+        picks, values = _reference_row(x[part], k, w, xyz, drop, first, options)
         at = sorted(range(len(picks)), key=lambda i: picks[i]) if order == "index" else range(len(picks))
         kept_idx[b, : len(picks)] = torch.tensor([picks[i] for i in at], dtype=torch.int64)
         value[b, : len(picks)] = torch.tensor([values[i] for i in at], dtype=value.dtype)

@@ -253,9 +253,7 @@ _MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-def measure_overhead(
-    case: Case, timer: Timer, peers: Peers, *, smoke: bool = False, seconds: float = 0.2
-) -> list[Row]:
+def measure_overhead(case: Case, timer: Timer, peers: Peers, *, smoke: bool = False, seconds: float = 0.2) -> list[Row]:
     """Time what the host spends on a call with tiny inputs, under each mode of autograd; compiled peers are left out."""
     skipped: dict[str, str] = {}
     rows = []
@@ -316,5 +314,3 @@ def show(row: Row) -> str:
     memory = f"  +{row.memory['tokred'] / 2**20:.1f} MiB" if "tokred" in row.memory else ""
     eager = f"  eager {si(row.eager['tokred'], 's')}" if "tokred" in row.eager else ""
     return f"{line} {rate(row):>11} {100 * row.floor_share:4.0f}% of floor{eager}{memory}  {peers}{aim}"
-
-

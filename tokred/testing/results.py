@@ -76,5 +76,3 @@ def load(path: Path) -> Results:
         )
     except (KeyError, TypeError) as error:
         raise WrongFile(f"{path}: says schema {SCHEMA}, but does not hold it: {error}") from None
-
-

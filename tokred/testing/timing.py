@@ -168,9 +168,7 @@ class CudaTimer:
         self._check_replay(run, copies, graph, outputs)
         return Pass(graph.replay, len(copies), "graph", keep=(graph, outputs, list(copies)))
 
-    def _check_replay(
-        self, run: Run, copies: Sequence[tuple[Any, ...]], graph: Any, outputs: Sequence[Any]
-    ) -> None:
+    def _check_replay(self, run: Run, copies: Sequence[tuple[Any, ...]], graph: Any, outputs: Sequence[Any]) -> None:
         checked = sorted({0, len(copies) - 1})
         expected = [[t.clone() for t in tensors(run(*copies[i]))] for i in checked]
         given = storages(list(copies))
