@@ -3,6 +3,7 @@
 // Top-k of many rows of scores: what prune_topk and select_topk share, as plain data.
 #pragma once
 #include "common/dispatch.h"
+#include "common/ragged.h"
 
 namespace tokred {
 
@@ -54,24 +55,15 @@ struct TopkRows {
   uint32_t* workspace;  // CUDA: topk_workspace_words(...)
 };
 
-struct TopkSpan {
-  int64_t begin, len;
-};
-// The tokens of one sequence: [begin, begin + len) of the score, clipped so that a bad cu_seqlens reads nothing out of
-// bounds.
-TOKRED_HOST_DEVICE TopkSpan topk_span(const TopkRows& a, int64_t batch_idx) {
-  if (!a.cu_seqlens) return {0, a.num_tokens};
-  int64_t begin = a.cu_seqlens[batch_idx], end = a.cu_seqlens[batch_idx + 1];
-  begin = begin < 0 ? 0 : begin;
-  end = end > a.num_tokens ? a.num_tokens : end;
-  if (end > begin + a.max_seqlen) end = begin + a.max_seqlen;
-  return {begin, end > begin ? end - begin : 0};
+// The tokens of one sequence, as positions in score.
+TOKRED_HOST_DEVICE TokenSpan topk_span(const TopkRows& a, int64_t batch_idx) {
+  return token_span(a.cu_seqlens, a.num_tokens, a.max_seqlen, batch_idx);
 }
 
 template <typename T>
 TOKRED_HOST_DEVICE TopkRow<T> topk_row(const TopkRows& a, int64_t row) {
   const int64_t batch_idx = row / a.num_heads, head_idx = row - batch_idx * a.num_heads;
-  const TopkSpan span = topk_span(a, batch_idx);
+  const TokenSpan span = topk_span(a, batch_idx);
   const auto at = [&](const RowStrides& stride) {
     return batch_idx * stride.batch + head_idx * stride.head + span.begin;
   };

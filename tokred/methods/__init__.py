@@ -11,7 +11,10 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+import tokred
 
 
 class Reduced(NamedTuple):
@@ -32,6 +35,17 @@ class Reduced(NamedTuple):
     size: Tensor | None = None
     score: Tensor | None = None
     num_kept: Tensor | None = None
+
+
+def take_kept(x: Tensor, kept_idx: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return the rows of tokens that a list names, ``[batch_size, k, dim]``, rows of zeros where it says -1.
+
+    ``x`` is ``[batch_size, num_tokens, dim]``, or packed ``[total_tokens, dim]`` with ``cu_seqlens``. Differentiable in it.
+    """
+    if cu_seqlens is None:
+        return tokred.gather_tokens([x], kept_idx)[0]
+    rows = torch.where(kept_idx < 0, kept_idx, kept_idx + cu_seqlens[:-1, None]).reshape(1, -1)
+    return tokred.gather_tokens([x[None]], rows)[0].reshape(*kept_idx.shape, x.shape[1])
 
 
 @dataclass(frozen=True)

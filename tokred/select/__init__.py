@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""Which tokens to keep: lists from scores."""
+"""Which tokens to keep: lists from scores and from the tokens themselves."""
 
 from tokred.select.list_to_slots import list_to_slots as list_to_slots
 from tokred.select.list_union import list_union as list_union
+from tokred.select.select_diverse import select_diverse as select_diverse
 from tokred.select.select_topk import select_topk as select_topk
