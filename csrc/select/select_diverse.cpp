@@ -200,12 +200,9 @@ Plan plan_select_diverse(const PlanSizes& sizes) {
   for (int64_t first = 0; first < a.batch_size; first += policy.group_size) {
     const int64_t count = std::min(policy.group_size, a.batch_size - first);
     if (policy.tiles > 0) plan.launches.push_back({"select_diverse_gram_kernel", {count * policy.tiles}, 128});
-    plan.launches.push_back({policy.gram ? "select_diverse_pick_kernel" : "select_diverse_stream_kernel",
-                             {count},
-                             policy.threads,
-                             sizeof(int64_t) * 128});
+    plan.launches.push_back(
+        {policy.gram ? "select_diverse_pick_kernel" : "select_diverse_stream_kernel", {count}, policy.threads});
   }
-  const double n = double(a.num_tokens), batch = double(a.batch_size), dim = double(a.dim);
   return plan;
 }
 TOKRED_PLAN(select_diverse, plan_select_diverse)

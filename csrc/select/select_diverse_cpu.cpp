@@ -236,7 +236,7 @@ class Rows {
     }
     list_[0] = static_cast<int32_t>(pick);
     for (int64_t i = 0; i < s_.n; ++i) drop_[i] = taken[i] || slot_[i] >= 0 || i == pick;
-    const TopkRow<float> values{value, 1, nullptr, drop_.data(), s_.n};
+    const TopkRow<float> values{value, 1, nullptr, drop_.data(), static_cast<int32_t>(s_.n)};
     const int64_t count = 1 + topk_ascending(values, kDiverseStripRows - 1, list_.data() + 1, topk_);
     float* out[kDiverseStripRows];
     for (int64_t r = 0; r < count; ++r) {
