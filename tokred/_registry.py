@@ -29,9 +29,12 @@ class Op:
         return getattr(self.module, self.name)
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return rtol and atol against the reference: the module's TOLERANCE, or the library's for one rounding."""
-        found: tuple[float, float] = getattr(self.module, "TOLERANCE", {}).get(dtype) or TOLERANCE[dtype]
-        return found
+        """Return rtol and atol against the reference: the module's TOLERANCE, or the library's for one rounding.
+
+        Integers are compared exactly.
+        """
+        found = getattr(self.module, "TOLERANCE", {}).get(dtype) or TOLERANCE.get(dtype)
+        return found or (0.0, 0.0)
 
     def has_kernel(self, key: str, overload: str = "") -> bool:
         """Whether an overload has a kernel for a dispatch key, for example "CUDA"."""

@@ -28,6 +28,7 @@ Call prepare(const Tensor& kept_idx, const Tensor& page_table, int64_t page_size
   args.num_tables = per_head ? page_table.size(1) : 1;
   args.max_pages = page_table.size(page_table.dim() - 1);
   args.page_size = page_size;
+  args.page_shift = page_size > 0 && (page_size & (page_size - 1)) == 0 ? __builtin_ctzll(page_size) : -1;
   TOKRED_CHECK(page_table.size(0) == args.batch_size, "list_to_slots: expected page_table with batch_size ",
                args.batch_size, ", got ", shape_of(page_table));
   TOKRED_CHECK(args.num_tables > 0 ? args.num_heads % args.num_tables == 0 : args.num_heads == 0,
@@ -72,11 +73,11 @@ Tensor on_cpu(const Tensor& kept_idx, const Tensor& page_table, int64_t page_siz
   return call.slots;
 }
 
-// Sizes: num_lists, k, index_size (of an entry of the list, in bytes).
+// Sizes: num_lists, k.
 Plan plan_list_to_slots(const PlanSizes& sizes) {
-  const int64_t entries = sizes["num_lists"] * sizes["k"];
+  const int64_t lists = sizes["num_lists"], k = sizes["k"];
   Plan plan;
-  plan.launches.push_back({"slots", {ceil_div<int64_t>(entries, kListToSlotsThreads)}, kListToSlotsThreads});
+  plan.launches.push_back({"slots", {lists * ceil_div<int64_t>(k, kListToSlotsThreads)}, kListToSlotsThreads});
   return plan;
 }
 TOKRED_PLAN(list_to_slots, plan_list_to_slots)

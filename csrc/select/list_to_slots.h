@@ -12,17 +12,25 @@ struct ListToSlotsArgs {
   int32_t* slots;                                // [batch_size, num_heads, k]
   int64_t batch_size, num_heads, num_tables, k;  // num_tables divides num_heads
   int64_t max_pages, page_size;
+  int page_shift;  // page_size is 2^page_shift; -1: it is no power of two
 };
 
-// The slot of entry `entry` of list `row` (batch and head), -1 for none.
-TOKRED_HOST_DEVICE int32_t slot_of(const ListToSlotsArgs& a, int64_t row, int64_t entry) {
-  const int64_t table = row / (a.num_heads / a.num_tables);
-  const int64_t capacity = a.max_pages * a.page_size;
-  const int64_t len = a.kv_lens && a.kv_lens[table] < capacity ? a.kv_lens[table] : capacity;
-  const int64_t position = a.kept_idx[row * a.k + entry];
-  if (position < 0 || position >= len) return -1;
-  const int64_t page = a.page_table[table * a.max_pages + position / a.page_size];
-  const int64_t slot = page * a.page_size + position % a.page_size;
+// What the entries of one list share.
+struct SlotList {
+  const int32_t* pages;
+  int64_t len;  // positions in [0, len) have a slot
+};
+TOKRED_HOST_DEVICE SlotList slot_list(const ListToSlotsArgs& a, int64_t row) {
+  const int64_t table = row / (a.num_heads / a.num_tables), capacity = a.max_pages * a.page_size;
+  return {a.page_table + table * a.max_pages, a.kv_lens && a.kv_lens[table] < capacity ? a.kv_lens[table] : capacity};
+}
+
+// The slot of a position, -1 for none.
+TOKRED_HOST_DEVICE int32_t slot_of(const ListToSlotsArgs& a, const SlotList& list, int64_t position) {
+  if (position < 0 || position >= list.len) return -1;
+  // A shift where it will do: dividing costs more than all the rest.
+  const int64_t index = a.page_shift >= 0 ? position >> a.page_shift : position / a.page_size;
+  const int64_t page = list.pages[index], slot = (page - index) * a.page_size + position;
   return page >= 0 && slot <= INT32_MAX ? static_cast<int32_t>(slot) : -1;
 }
 

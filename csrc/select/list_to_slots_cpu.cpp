@@ -9,7 +9,10 @@ void list_to_slots_cpu(const ListToSlotsArgs& args) {
   // About 2 ns per entry: lists are grouped until a task is worth its start.
   parallel_for(args.batch_size * args.num_heads, 1 + 16384 / (args.k + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t i = 0; i < args.k; ++i) args.slots[row * args.k + i] = slot_of(args, row, i);
+      const SlotList list = slot_list(args, row);
+      for (int64_t i = row * args.k; i < (row + 1) * args.k; ++i) {
+        args.slots[i] = slot_of(args, list, args.kept_idx[i]);
+      }
     }
   });
 }
