@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 import tokred
 from tokred.testing import assert_close
 
-reference = importlib.import_module("tokred.select.list_to_slots").reference
+module = importlib.import_module("tokred.select.list_to_slots")
+reference, floor = module.reference, module.floor
+
+
+def test_floor_by_hand():
+    meta = {"dtype": torch.int32, "device": "meta"}  # floors look at shapes and dtypes alone
+    lists, table, lens = torch.empty(2, 32, 512, **meta), torch.empty(2, 8, 64, **meta), torch.empty(2, 8, **meta)
+    entries = 2 * 32 * 512
+    assert floor(lists, table, page_size=16) == (entries * (4 + 4) + 2 * 8 * 64 * 4, 0)  # lists, slots, tables
+    assert floor(lists.long(), table, page_size=16, kv_lens=lens) == (entries * (8 + 4) + 2 * 8 * (64 + 1) * 4, 0)
+    assert floor(lists, torch.empty(2, 2**20, **meta), page_size=16) == (entries * (4 + 4 + 4), 0)  # a page per entry
 
 
 def check(kept_idx, page_table, **options):
@@ -55,6 +65,16 @@ def test_values_at_the_limits(device):
     lens = torch.tensor([2**31 - 1], dtype=torch.int32, device=device)
     assert check(lists, table, page_size=16, kv_lens=lens).tolist() == expected
     assert (tokred.list_to_slots(lists, table, page_size=16, kv_lens=-lens) == -1).all()
+
+
+def test_offsets_beyond_2_31(device):
+    table = torch.empty(129, 2**24 + 1, dtype=torch.int32, device=device)  # of which the end of the last row is read
+    table[-1, -3:] = torch.tensor([7, -1, 2**20], device=device)
+    lists = torch.full((129, 4), -1, device=device)
+    lists[-1] = torch.tensor([2**24 * 16 + 5, (2**24 - 1) * 16, (2**24 - 2) * 16 + 15, (2**24 + 1) * 16])
+    slots = tokred.list_to_slots(lists, table, page_size=16)
+    assert slots[-1].tolist() == [2**24 + 5, -1, 7 * 16 + 15, -1]
+    assert (slots[:-1] == -1).all()
 
 
 def test_empty(device):

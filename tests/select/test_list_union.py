@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 import tokred
 from tokred.testing import assert_close
 
-reference = importlib.import_module("tokred.select.list_union").reference
+module = importlib.import_module("tokred.select.list_union")
+reference, floor = module.reference, module.floor
+
+
+def test_floor_by_hand():
+    lists = torch.empty(2, 32, 512, dtype=torch.int64, device="meta")  # floors look at shapes and dtypes alone
+    read = 2 * 32 * 512 * 8
+    assert floor(lists, 8, kv_len=32768) == (read + 2 * 8 * (4 * 512 * 8 + 4), 0)  # unions and their counts
+    assert floor(lists, 8, kv_len=1000) == (read + 2 * 8 * (1000 * 8 + 4), 0)  # no more than there are positions
 
 
 def check(kept_idx, num_kv_heads, *, kv_len):
@@ -56,6 +64,16 @@ def test_any_lists(data):
 def test_values_at_the_limits(device):
     lists = torch.tensor([[[2**62, -(2**62), 2**32 + 1, 2**31, 5, 9]]], device=device)
     assert check(lists, 1, kv_len=9)[0].tolist() == [[[5, -1, -1, -1, -1, -1]]]
+
+
+def test_offsets_beyond_2_31(device, simt):
+    if simt:
+        pytest.skip("2 ** 31 entries have to be read: minutes on the emulator")
+    lists = torch.zeros(65, 1, 2**25 + 1, dtype=torch.int32, device=device)
+    lists[-1, 0, -2:] = torch.tensor([5, 99], device=device)
+    union_idx, num_union = tokred.list_union(lists, 1, kv_len=64)
+    assert num_union.flatten().tolist() == [1] * 64 + [2]
+    assert union_idx[-1, 0, :3].tolist() == [0, 5, -1]
 
 
 def test_empty(device):

@@ -12,7 +12,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tokred
 from tokred.testing import assert_close
 
-reference = importlib.import_module("tokred.select.select_diverse").reference
+module = importlib.import_module("tokred.select.select_diverse")
+reference, floor = module.reference, module.floor
+
+
+def test_floor_by_hand():
+    x = torch.empty(4, 576, 1024, dtype=torch.bfloat16, device="meta")  # floors look at shapes and dtypes alone
+    weight = torch.empty(4, 576, device="meta")
+    moved = 4 * 576 * 2048 + 4 * (64 * (8 + 4) + 4)  # tokens in; lists with values and counts out
+    assert floor(x, 64) == (moved, 4 * 576 * 576 * 1024)  # all pairs, each once
+    assert floor(x, 64, weight=weight) == (moved + 4 * 576 * 4, 2 * 4 * 576 * 64 * 1024)  # all tokens with the picks
+    assert floor(x, 576, start="first")[1] == 4 * 576 * 576 * 1024  # never more than all pairs
+
 
 RULES = ["max_min", "max_sum", "mmr"]
 STARTS = ["farthest", "weight", "first"]

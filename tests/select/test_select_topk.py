@@ -10,7 +10,23 @@ from hypothesis import strategies as st
 import tokred
 from tokred.testing import assert_close
 
-reference = importlib.import_module("tokred.select.select_topk").reference
+module = importlib.import_module("tokred.select.select_topk")
+reference, floor = module.reference, module.floor
+
+
+def test_floor_by_hand():
+    meta = {"device": "meta"}  # floors look at shapes and dtypes alone
+    score, mask = torch.empty(8, 576, **meta), torch.empty(8, 576, dtype=torch.bool, **meta)
+    assert floor(score, 192) == (8 * 576 * 4 + 8 * 192 * 8, 0)  # scores, lists
+    assert floor(score, 192, drop_mask=mask, return_num_kept=True) == (8 * 576 * 5 + 8 * 192 * 8 + 8 * 4, 0)
+    heads, k = torch.empty(2, 8, 1000, dtype=torch.bfloat16, **meta), torch.empty(2, 8, dtype=torch.int64, **meta)
+    moved = 16 * (1000 * 2 + 8) + 16 * (100 * 8 + 4)  # scores and counts in, lists and counts out
+    assert floor(heads, k, max_k=100) == (moved, 0)
+    assert floor(heads, k, max_k=100, complement=True) == (moved + 16 * 900 * 8, 0)
+    # Packed, 3 rows of 10 tokens together: bounds 4 * 4; lists and counts.
+    cu_seqlens = torch.empty(4, dtype=torch.int32, **meta)
+    packed = floor(torch.empty(10, **meta), 4, cu_seqlens=cu_seqlens, max_seqlen=4)
+    assert packed == (40 + 16 + 3 * 4 * 8 + 3 * 4, 0)
 
 
 def check(score, k, **options):

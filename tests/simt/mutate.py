@@ -218,11 +218,19 @@ def schemata(path: Path, mutants: dict[int, Mutant]) -> str:
 
 @cache
 def device_files(path: Path) -> frozenset[Path]:
-    """Return a kernel file and the kernel headers that it includes, relative to the root."""
-    files = {path}
-    for name in re.findall(r'^#include "(.*\.cuh)"', (ROOT / path).read_text(), flags=re.MULTILINE):
-        files |= device_files(Path("csrc") / name)
-    return frozenset(files)
+    """Return a kernel file, the kernel headers that it includes and the shared kernels that it calls."""
+    found: set[Path] = set()
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in re.findall(r'^#include "(.*\.c?u?h)"', (ROOT / file).read_text(), flags=re.MULTILINE):
+            header = Path("csrc") / name
+            kernel = header.with_suffix(".cu")
+            todo += [header, kernel] if name.startswith("common/") and (ROOT / kernel).exists() else [header]
+    return frozenset(file for file in found if file.suffix in (".cu", ".cuh"))
 
 
 class Tree:
@@ -336,7 +344,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     args = parser.parse_args()
 
-    kernels = {p.stem: p.relative_to(ROOT) for p in sorted(ROOT.glob("csrc/*/*.cu"))}
+    kernels = {p.stem: p.relative_to(ROOT) for p in sorted(ROOT.glob("csrc/*/*.cu")) if p.parent.name != "common"}
     for op in args.op:
         if op not in kernels:
             parser.error(f"no csrc/*/{op}.cu; ops with one: {', '.join(kernels)}")
