@@ -66,9 +66,9 @@ def test_values_at_the_limits(device):
     assert check(lists, 1, kv_len=9)[0].tolist() == [[[5, -1, -1, -1, -1, -1]]]
 
 
-def test_offsets_beyond_2_31(device, simt):
-    if simt:
-        pytest.skip("2 ** 31 entries have to be read: minutes on the emulator")
+def test_offsets_beyond_2_31(device):
+    if device != "cuda":
+        pytest.skip("2 ** 31 entries have to be read, all of them: a minute on a CPU")
     lists = torch.zeros(65, 1, 2**25 + 1, dtype=torch.int32, device=device)
     lists[-1, 0, -2:] = torch.tensor([5, 99], device=device)
     union_idx, num_union = tokred.list_union(lists, 1, kv_len=64)
