@@ -307,7 +307,7 @@ def all_stages(facts: dict, out: Path, wheel: Path | None, rehearse: bool) -> li
             f"tests {aside} -k '{chosen} and (test_cuda or beyond_2_31)'",
         ),
         Stage(
-            "bench", "the benchmarks' core rows", 150, f"{bench} --json {shlex.quote(str(numbers))}", by_rows(numbers)
+            "bench", "the benchmarks' core rows", 190, f"{bench} --json {shlex.quote(str(numbers))}", by_rows(numbers)
         ),
     ]
     sanitizer = find_tool("compute-sanitizer")

@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import tokred
 from tokred.methods.fastervlm import cls_attention, fastervlm
 from tokred.methods.tome import tome
-from tokred.testing import bench
+from tokred.testing import machine
 
 BATCH_SIZE = 50
 PRUNE_LAYER = 1  # the second of six blocks: the first whose CLS token has seen the patches
@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" a {len(model.blocks)}-block transformer of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     )
     rows = run_table(model, images, labels, options.device, 0.0 if options.smoke else 20.0, progress)
-    facts = bench.facts(options.device)
+    facts = machine.facts(options.device)
     text = markdown(rows, table_notes(rows, options.device, options.dtype, facts))
     (options.out / "digits.md").write_text(text)
     content = {

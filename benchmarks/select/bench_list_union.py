@@ -50,4 +50,5 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 "sort": by_sort,
                 "mask+topk": by_mask,
             },
+            core=device == "cuda" and shape[0] == 1,
         )

@@ -124,5 +124,5 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                     # bfloat16 loops round similarities to 8 bits and so pick worse.
                     tolerance=(1e-3, 1e-3) if dtype == torch.float32 else (3e-1, 1e-1),
                     unlike={"matrix product alone": "no picks at all: similarities of vectors that are not normalised"},
-                    core=device == "cuda",
+                    core=device == "cuda" and dtype == torch.bfloat16 and rule == "max_min" and shape[1] != 6272,
                 )
