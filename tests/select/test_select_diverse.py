@@ -483,7 +483,7 @@ def test_long(device, rule, simt):
     for b in range(2):
         alone = tokred.select_diverse(
             x[b : b + 1, : ends[b + 1] - ends[b]],
-            30,
+            k,
             **options | {"weight": weight[b : b + 1, : ends[b + 1] - ends[b]]},
         )
         assert_close(packed[0][b], alone[0])
