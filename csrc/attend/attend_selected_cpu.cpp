@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSplit = 512;    // list entries of a task; fixed, so that bits depend on nothing else
 constexpr int64_t kKeyBlock = 16;  // rows that stay in the first-level cache while all query rows use them
+constexpr int64_t kAhead = 32;     // rows between a prefetch and its use
 constexpr int64_t kMaxRows = 64;   // query rows at a time; bounds the scratch
 constexpr int64_t kRowBlock = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -45,12 +46,13 @@ TOKRED_INLINE void sum_lanes8(const Vec16* in, float* sums) {
   std::memcpy(sums, &all, sizeof(all));
 }
 
+// Into the second-level cache: rows that wait in the first level for their turn hold up the loads of those in work.
 TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
 
-// score[r][i] = q[r] . k row i for i in [begin, end); writes up to 7 more. offset has kKeyBlock entries past the last.
-// q: [kRows, q_stride], zeros from dim to the next multiple of 16; stretches of 32 in the order of load32.
+// score[r][i] = q[r] . k row i for i in [begin, end); writes up to 7 more. offset has kKeyBlock + kAhead entries past
+// the last. q: [kRows, q_stride], zeros from dim to the next multiple of 16; stretches of 32 in the order of load32.
 template <typename T, int kRows>
 TOKRED_CLONES void score_keys(const T* k, const int64_t* offset, int64_t begin, int64_t end, const float* q,
                               int64_t q_stride, int64_t dim, bool fetch, float* score, int64_t score_stride) {
@@ -60,7 +62,7 @@ TOKRED_CLONES void score_keys(const T* k, const int64_t* offset, int64_t begin, 
     const T* row[kKeys];
     for (int j = 0; j < kKeys; ++j) {
       row[j] = k + offset[i + j];
-      if (fetch) prefetch(k + offset[i + j + kKeyBlock], dim * static_cast<int64_t>(sizeof(T)));
+      if (fetch) prefetch(k + offset[i + j + kAhead], dim * static_cast<int64_t>(sizeof(T)));
     }
     Vec16 sum[kSums] = {};  // [kRows, kKeys]
     int64_t c = 0;
@@ -115,7 +117,7 @@ TOKRED_INLINE void add_columns(const T* v, const int64_t* offset, int64_t begin,
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* row = v + offset[i];
-    if (fetch) prefetch(v + offset[i + kKeyBlock], kCols * kVecLanes * static_cast<int64_t>(sizeof(T)));
+    if (fetch) prefetch(v + offset[i + kAhead], kCols * kVecLanes * static_cast<int64_t>(sizeof(T)));
     Vec16 value[kCols];
     if constexpr (kCols == 1) {
       load16(row, value[0]);
@@ -209,7 +211,8 @@ TOKRED_CLONES void load_query(const T* q, int64_t dim, float scale, float* out) 
 
 // The list entries of one split that name a row, packed to the front.
 struct Entries {
-  AlignedBuffer<int64_t> k_offset{kSplit + 2 * kKeyBlock}, v_offset{kSplit + 2 * kKeyBlock}, position{kSplit};
+  static constexpr int64_t kPadding = kKeyBlock + kAhead;
+  AlignedBuffer<int64_t> k_offset{kSplit + kPadding}, v_offset{kSplit + kPadding}, position{kSplit};
   int64_t count = 0;
 
   void load(const AttendSelectedArgs& a, int64_t batch_idx, int64_t list_head, int64_t split) {
@@ -225,7 +228,7 @@ struct Entries {
       v_offset[count] = a.v.slot_offset(slot, a.page_shift);
       position[count++] = pos;
     }
-    for (int64_t i = count; count && i < count + 2 * kKeyBlock; ++i) {  // read in vain or fetched ahead
+    for (int64_t i = count; count && i < count + kPadding; ++i) {  // read in vain or fetched ahead
       k_offset[i] = k_offset[count - 1];
       v_offset[i] = v_offset[count - 1];
     }
@@ -283,7 +286,7 @@ void attend_rows(const AttendSelectedArgs& a, const Task& t, int64_t first, int6
                            s.q_stride, a.k.dim, r == 0, s.score.data() + r * stride, stride);
     }
   }
-  for (int64_t i = 0; i < std::min(kKeyBlock, count); ++i) {  // under way during the softmax
+  for (int64_t i = 0; i < std::min(kAhead, count); ++i) {  // under way during the softmax
     prefetch(v + s.entries.v_offset[i], a.v.dim * static_cast<int64_t>(sizeof(T)));
   }
   const int64_t width = ceil_div(count, int64_t{kVecLanes}) * kVecLanes;
