@@ -20,32 +20,6 @@ constexpr int64_t kMaxRows = 64;   // query rows at a time; bounds the scratch
 constexpr int64_t kRowBlock = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-typedef float Vec8 __attribute__((vector_size(32)));
-typedef int32_t Vec8i __attribute__((vector_size(32)));
-
-// sums[j] = the sum of the lanes of in[j], all 8 by a tree of shuffles that are one instruction each.
-TOKRED_INLINE void sum_lanes8(const Vec16* in, float* sums) {
-  Vec8 t[8];
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    t[j] = __builtin_shufflevector(in[j], in[j], 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(in[j], in[j], 8, 9, 10, 11, 12, 13, 14, 15);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    t[j] = __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{0, 8, 1, 9, 4, 12, 5, 13}) +
-           __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{2, 10, 3, 11, 6, 14, 7, 15});
-  }
-#pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {
-    t[j] = __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{0, 1, 8, 9, 4, 5, 12, 13}) +
-           __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{2, 3, 10, 11, 6, 7, 14, 15});
-  }
-  const Vec8 all = __builtin_shuffle(t[0], t[1], Vec8i{0, 1, 2, 3, 8, 9, 10, 11}) +
-                   __builtin_shuffle(t[0], t[1], Vec8i{4, 5, 6, 7, 12, 13, 14, 15});
-  std::memcpy(sums, &all, sizeof(all));
-}
-
 // Into the second-level cache: rows that wait in the first level for their turn hold up the loads of those in work.
 TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);

@@ -17,6 +17,9 @@ typedef int32_t Vec16i __attribute__((vector_size(64)));
 typedef uint32_t Vec16u __attribute__((vector_size(64)));
 typedef uint16_t Vec16h __attribute__((vector_size(32)));
 constexpr int kVecLanes = 16;
+// Half of one, for shuffles that AVX2 has.
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef int32_t Vec8i __attribute__((vector_size(32)));
 
 // lanes = p[0, 16), widened exactly; p needs no alignment.
 TOKRED_INLINE void load16(const float* p, Vec16& lanes) { std::memcpy(&lanes, p, sizeof(lanes)); }
@@ -86,6 +89,29 @@ TOKRED_INLINE void load_part(const T* p, int64_t count, Vec16& lanes) {
   std::memset(static_cast<void*>(part), 0, sizeof(part));
   std::memcpy(static_cast<void*>(part), p, static_cast<size_t>(count) * sizeof(T));
   load16(part, lanes);
+}
+
+// sums[j] = the sum of the lanes of in[j], all 8 by a tree of shuffles that are one instruction each.
+TOKRED_INLINE void sum_lanes8(const Vec16* in, float* sums) {
+  Vec8 t[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    t[j] = __builtin_shufflevector(in[j], in[j], 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(in[j], in[j], 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[j] = __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{0, 8, 1, 9, 4, 12, 5, 13}) +
+           __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    t[j] = __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{0, 1, 8, 9, 4, 5, 12, 13}) +
+           __builtin_shuffle(t[2 * j], t[2 * j + 1], Vec8i{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  const Vec8 all = __builtin_shuffle(t[0], t[1], Vec8i{0, 1, 2, 3, 8, 9, 10, 11}) +
+                   __builtin_shuffle(t[0], t[1], Vec8i{4, 5, 6, 7, 12, 13, 14, 15});
+  std::memcpy(sums, &all, sizeof(all));
 }
 
 // x = e^x, relative error below 2 ulp; 0 below -87.3 (where float32 turns subnormal) and for -inf, inf above 88.7, NaN

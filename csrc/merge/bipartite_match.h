@@ -36,18 +36,12 @@ TOKRED_HOST_DEVICE constexpr BipartiteSets bipartite_sets(int64_t num_tokens, in
   return {(num_tokens + 1) / 2, num_tokens / 2, (num_protected + 1) / 2, num_protected / 2};
 }
 
-// The CPU's tile of similarities, src_rows x dst_rows, out of num_tokens alone: a row's bits do not depend on its
-// batch. At most 256 x 512 (a tile and its operands stay in a 2 MiB L2 cache up to a dim of 512), split evenly so that
-// 289 sources do not pay for 512.
-struct BipartiteMatchTile {
-  int64_t src_rows, dst_rows;
-};
-constexpr int64_t bipartite_even_tile(int64_t count, int64_t largest) {
-  const int64_t tiles = count < 1 ? 1 : ceil_div(count, largest);
-  return ceil_div(ceil_div(count < 1 ? int64_t{1} : count, tiles), int64_t{16}) * 16;
-}
-constexpr BipartiteMatchTile bipartite_match_tile(const BipartiteSets& sets) {
-  return {bipartite_even_tile(sets.num_src, 256), bipartite_even_tile(sets.num_dst, 512)};
+// Sources of a CPU task: at most 256 (they stay in a 1 MiB L2 cache up to a dim of 512), split evenly so that 289 do
+// not pay for 512. A multiple of the 6 rows that meet a panel of destinations together. No bit of the result depends on
+// it.
+constexpr int64_t bipartite_block_rows(int64_t count) {
+  const int64_t tasks = count < 1 ? 1 : ceil_div(count, int64_t{256});
+  return ceil_div(ceil_div(count < 1 ? int64_t{1} : count, tasks), int64_t{6}) * 6;
 }
 
 constexpr int kBipartiteBlockSrc = 64, kBipartiteBlockDst = 128;  // of a CUDA block's tile

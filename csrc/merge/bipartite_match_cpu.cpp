@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// One task per block of sources: it meets all destinations tile by tile and keeps the best of each row, so that the
-// similarities never leave a thread's scratch. Unit vectors are made while packing; protected destinations are not
+// One task per block of sources: it meets all destinations panel by panel and keeps the best of each row, so that the
+// similarities never leave the registers. Unit vectors are made while packing; protected destinations are not
 // packed at all. Then one task per batch row ranks the sources and numbers the output rows.
 #include "merge/bipartite_match.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "common/gemm.h"
+#include "common/dot_panel.h"
 #include "common/topk.h"
 
 namespace tokred {
@@ -16,87 +16,95 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr int kLanes = 16;  // a register of the widest clone: sums and maxima in one fixed order
+constexpr int kLanes = kVecLanes;  // sums and maxima in one fixed order
 
-// The loops over lanes are not unrolled: the compiler would then miss that a lane loop is one vector operation.
-template <int kWidth>
-TOKRED_INLINE void add_halves(float* lane) {
-#pragma GCC unroll 1
-  for (int l = 0; l < kWidth; ++l) lane[l] += lane[l + kWidth];
-  if constexpr (kWidth > 1) add_halves<kWidth / 2>(lane);
-}
-template <int kWidth>
-TOKRED_INLINE void max_halves(float* lane) {
-#pragma GCC unroll 1
-  for (int l = 0; l < kWidth; ++l) lane[l] = lane[l + kWidth] > lane[l] ? lane[l + kWidth] : lane[l];
-  if constexpr (kWidth > 1) max_halves<kWidth / 2>(lane);
-}
-
-TOKRED_INLINE float norm_of(const float* row, int64_t depth) {
-  float lane[kLanes] = {};
-  for (int64_t c = 0; c < depth; c += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lane[l] += row[c + l] * row[c + l];
-  }
-  add_halves<kLanes / 2>(lane);
-  return __builtin_sqrtf(lane[0]);
-}
-
-// Rows 0, 1, ... or, by list, list[0], list[1], ..., widened and, if asked, scaled to unit length. padded_depth is a
-// multiple of kLanes; its padding is zero. Padding rows are filler.
+// Rows 0, 1, ... or, by list, list[0], list[1], ..., widened and, if asked, scaled to unit length, eight at a time.
+// padded_depth is a multiple of kVecLanes; its padding is zero. Padding rows are filler.
 template <typename T>
 TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
                               int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps,
                               float* dst) {
-  for (int64_t i = 0; i < rows; ++i) {
-    float* out = dst + i * padded_depth;
-    const T* row = src + (list ? int64_t{list[i]} : i) * stride_row;
-    for (int64_t c = 0; c < depth; ++c) out[c] = static_cast<float>(row[c]);
-    for (int64_t c = depth; c < padded_depth; ++c) out[c] = 0.f;
-    if (normalize) {
-      const float norm = norm_of(out, padded_depth);
+  const int64_t stride = dot_stride(padded_depth);
+  for (int64_t i = 0; i < rows; i += 8) {
+    Vec16 square[8];
+    for (int64_t j = 0; j < 8; ++j) {
+      square[j] = Vec16{};
+      if (i + j >= rows) continue;
+      const T* row = src + (list ? int64_t{list[i + j]} : i + j) * stride_row;
+      float* out = dst + (i + j) * stride;
+      Vec16 sum = {};
+      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
+        Vec16 value;
+        if (c + kVecLanes <= depth) {
+          load16(row + c, value);
+        } else {
+          load_part(row + c, std::max<int64_t>(depth - c, 0), value);
+        }
+        store16(out + c, value);
+        sum += value * value;
+      }
+      square[j] = sum;
+    }
+    if (!normalize) continue;
+    float squares[8];
+    sum_lanes8(square, squares);
+    for (int64_t j = 0; j < 8 && i + j < rows; ++j) {
+      const float norm = __builtin_sqrtf(squares[j]);
       const float scale = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
-      for (int64_t c = 0; c < padded_depth; ++c) out[c] *= scale;
+      float* out = dst + (i + j) * stride;
+      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
+        Vec16 value;
+        load16(out + c, value);
+        store16(out + c, value * scale);
+      }
     }
   }
-  for (int64_t i = rows * padded_depth; i < padded_rows * padded_depth; ++i) dst[i] = filler;
+  std::fill(dst + rows * stride, dst + padded_rows * stride, filler);
 }
 
-// Folds a tile into each row's best. Within a lane and over tiles columns ascend and only a larger value replaces, and
-// among lanes the lowest column wins: ties stay with the lowest. A comparison with NaN is false, so NaN is passed over,
-// in the data and in the tile's padding. best_col -1: nothing but NaN so far.
-TOKRED_CLONES void fold_best(const float* tile, int64_t rows, int64_t stride_row, int64_t cols, int64_t first_col,
-                             float* best, int32_t* best_col) {
+// Folds similarities, [rows, width], into each source's best lanes. Within a lane columns ascend and only a larger
+// value replaces, so ties stay with the lowest; a lane is NaN until the first number, and NaN, in the data and in the
+// panel's padding, is passed over.
+TOKRED_CLONES void fold_panel(const float* value, int64_t rows, int64_t width, int32_t first_col, float* best,
+                              int32_t* best_col) {
   for (int64_t i = 0; i < rows; ++i) {
-    const float* c = tile + i * stride_row;
-    float lane[kLanes];
-    int32_t at[kLanes];
+    float* lane = best + i * kLanes;
+    int32_t* at = best_col + i * kLanes;
+    for (int32_t j = 0; j < width; j += kLanes) {
+      const float* c = value + i * width + j;
+      const int32_t column = first_col + j;
+#pragma GCC unroll 1
+      for (int l = 0; l < kLanes; ++l) {
+        const int32_t larger = -(int32_t{c[l] == c[l]} & int32_t{!(c[l] <= lane[l])});  // bits: no branch
+        at[l] = (at[l] & ~larger) | ((column + l) & larger);
+        lane[l] = larger ? c[l] : lane[l];
+      }
+    }
+  }
+}
+
+// The best of each source's lanes, the lowest column among equals; NaN and column -1 where every lane is NaN. The lanes
+// of 16 sources are turned so that a comparison serves all of them.
+TOKRED_CLONES void best_of_lanes(const float* best, const int32_t* best_col, int64_t rows, float* score, int32_t* col) {
+  alignas(64) float lane[kLanes * kLanes], at_bits[kLanes * kLanes];
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    transpose_panel(best + i * kLanes, kLanes, kLanes, kLanes, lane);
+    transpose_panel(reinterpret_cast<const float*>(best_col + i * kLanes), kLanes, kLanes, kLanes, at_bits);
+    int32_t at[kLanes * kLanes];
+    std::memcpy(at, at_bits, sizeof(at));
     for (int l = 0; l < kLanes; ++l) {
-      lane[l] = -kInf;
-      at[l] = INT32_MAX;
+      score[i + l] = kNaN;
+      col[i + l] = -1;
     }
-    for (int32_t j = 0; j < cols; j += kLanes) {  // the tile's rows are padded to kLanes
+    for (int k = 0; k < kLanes; ++k) {
+      const float* value = lane + k * kLanes;
 #pragma GCC unroll 1
       for (int l = 0; l < kLanes; ++l) {
-        const int32_t larger = -int32_t{c[j + l] > lane[l]};  // bits, not a branch: rows improve unpredictably
-        at[l] = (at[l] & ~larger) | ((j + l) & larger);
-        lane[l] = c[j + l] > lane[l] ? c[j + l] : lane[l];
-      }
-    }
-    float top[kLanes];
-    for (int l = 0; l < kLanes; ++l) top[l] = lane[l];
-    max_halves<kLanes / 2>(top);
-    if (top[0] > best[i]) {
-      int32_t found = INT32_MAX;
-#pragma GCC unroll 1
-      for (int l = 0; l < kLanes; ++l) {
-        const int32_t here = at[l] | (-int32_t{lane[l] < top[0]} & INT32_MAX);
-        found = here < found ? here : found;
-      }
-      best[i] = top[0];
-      best_col[i] = static_cast<int32_t>(first_col) + found;
-    } else if (best_col[i] < 0) {  // -inf is a number, too
-      for (int64_t j = 0; j < cols && best_col[i] < 0; ++j) {
-        if (c[j] == -kInf) best_col[i] = static_cast<int32_t>(first_col + j);
+        const int32_t lower = int32_t{value[l] == score[i + l]} & int32_t{at[k * kLanes + l] < col[i + l]};
+        const int32_t larger = int32_t{value[l] == value[l]} & int32_t{!(value[l] <= score[i + l])};
+        const int32_t wins = -(lower | larger);  // bits: no branch
+        col[i + l] = (col[i + l] & ~wins) | (at[k * kLanes + l] & wins);
+        score[i + l] = wins ? value[l] : score[i + l];
       }
     }
   }
@@ -116,43 +124,51 @@ int64_t list_destinations(const uint8_t* protect, const BipartiteSets& sets, int
 }
 
 struct MatchScratch {
-  MatchScratch(const BipartiteMatchTile& tile, int64_t padded_depth, int64_t max_dst)
-      : src(tile.src_rows * padded_depth),
-        dst(tile.dst_rows * padded_depth),
-        similarity(tile.src_rows * tile.dst_rows),
-        best(tile.src_rows),
-        best_col(tile.src_rows),
+  MatchScratch(int64_t src_rows, int64_t padded_depth, int64_t max_dst)
+      : src(src_rows * dot_stride(padded_depth)),
+        dst(kMaxDotColumns * dot_stride(padded_depth)),
+        panel(kMaxDotColumns * padded_depth),
+        similarity(src_rows * kMaxDotColumns),
+        best((src_rows + kLanes) * kLanes),
+        score(src_rows + kLanes),
+        best_col((src_rows + kLanes) * kLanes),
+        col(src_rows + kLanes),
         list(max_dst + 1) {}
-  AlignedBuffer<float> src, dst, similarity, best;
-  AlignedBuffer<int32_t> best_col, list;
+  AlignedBuffer<float> src, dst, panel, similarity, best, score;
+  AlignedBuffer<int32_t> best_col, col, list;
 };
 
 // Sources [begin, end) of one batch row.
 template <typename T>
-void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, const BipartiteMatchTile& tile, int64_t batch,
-                 int64_t begin, int64_t end, int64_t padded_depth, MatchScratch& s) {
+void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t batch, int64_t begin, int64_t end,
+                 int64_t padded_depth, MatchScratch& s) {
   const T* metric = static_cast<const T*>(a.metric) + batch * a.stride_batch;
   const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens : nullptr;
   const int64_t num_dst = protect ? list_destinations(protect, sets, s.list.data()) : sets.candidate_dst();
-  const int64_t rows = end - begin, step = 2 * a.stride_token;
+  const int64_t rows = end - begin, padded_rows = ceil_div(rows, int64_t{kDotRows}) * kDotRows;
+  const int64_t lane_rows = ceil_div(rows, int64_t{kLanes}) * kLanes;
+  const int64_t step = 2 * a.stride_token, stride = dot_stride(padded_depth);
   const T* first_dst = metric + (2 * sets.first_dst + 1) * a.stride_token;
-  pack_units(metric + begin * step, step, nullptr, rows, a.dim, tile.src_rows, padded_depth, 0.f, a.normalize, a.eps,
+  pack_units(metric + begin * step, step, nullptr, rows, a.dim, padded_rows, padded_depth, 0.f, a.normalize, a.eps,
              s.src.data());
-  std::fill_n(s.best.data(), rows, -kInf);
-  std::fill_n(s.best_col.data(), rows, -1);
-  for (int64_t col = 0; col < num_dst; col += tile.dst_rows) {
-    const int64_t cols = std::min(tile.dst_rows, num_dst - col);
+  std::fill_n(s.best.data(), lane_rows * kLanes, kNaN);
+  std::fill_n(s.best_col.data(), lane_rows * kLanes, 0);
+  for (int64_t col = 0; col < num_dst;) {
+    const int64_t width = num_dst - col > kVecLanes ? dot_columns() : kVecLanes;
+    const int64_t cols = std::min(width, num_dst - col);
     pack_units(protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr, cols, a.dim,
-               tile.dst_rows, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
-    gemm_nt(s.src.data(), s.dst.data(), s.similarity.data(), tile.src_rows, tile.dst_rows, padded_depth);
-    fold_best(s.similarity.data(), rows, tile.dst_rows, cols, col, s.best.data(), s.best_col.data());
+               width, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
+    transpose_panel(s.dst.data(), stride, width, padded_depth, s.panel.data());
+    dot_panel(s.src.data(), stride, padded_rows, padded_depth, s.panel.data(), width, s.similarity.data());
+    fold_panel(s.similarity.data(), rows, width, static_cast<int32_t>(col), s.best.data(), s.best_col.data());
+    col += width;
   }
+  best_of_lanes(s.best.data(), s.best_col.data(), rows, s.score.data(), s.col.data());
   for (int64_t i = 0; i < rows; ++i) {
-    const bool all_nan = s.best_col[i] < 0;
-    const int64_t col = all_nan ? 0 : s.best_col[i];
+    const int64_t col = std::max(s.col[i], 0);
     const int64_t token = 2 * (begin + i), out = batch * a.num_tokens + token;
     a.match_idx[out] = 2 * (sets.first_dst + (protect ? int64_t{s.list[col]} : col)) + 1;
-    a.score[out] = protect && protect[token] ? -kInf : all_nan ? kNaN : s.best[i];
+    a.score[out] = protect && protect[token] ? -kInf : s.score[i];
   }
 }
 
@@ -219,19 +235,18 @@ void number_rows(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
 
 void bipartite_match_cpu(const BipartiteMatchArgs& args) {
   const BipartiteSets sets = bipartite_sets(args.num_tokens, args.num_protected);
-  const BipartiteMatchTile tile = bipartite_match_tile(sets);
+  const int64_t src_rows = bipartite_block_rows(sets.candidate_src());
   const int64_t padded_depth = std::max<int64_t>(ceil_div<int64_t>(args.dim, kLanes), 1) * kLanes;
   if (args.batch_size == 0 || args.num_tokens == 0) return;
   if (sets.candidate_src() > 0 && sets.candidate_dst() > 0) {
-    const int64_t blocks = ceil_div(sets.candidate_src(), tile.src_rows);
-    parallel_for_gemm(args.batch_size * blocks, [&](int64_t first, int64_t last) {
-      MatchScratch scratch(tile, padded_depth, args.protect ? sets.num_dst : 0);
+    const int64_t blocks = ceil_div(sets.candidate_src(), src_rows);
+    parallel_for(args.batch_size * blocks, 1, [&](int64_t first, int64_t last) {
+      MatchScratch scratch(src_rows, padded_depth, args.protect ? sets.num_dst : 0);
       dispatch_float(args.dtype, [&](auto tag) {
         for (int64_t task = first; task < last; ++task) {
-          const int64_t begin = sets.first_src + task % blocks * tile.src_rows;
-          match_block<typename decltype(tag)::type>(args, sets, tile, task / blocks, begin,
-                                                    std::min(begin + tile.src_rows, sets.num_src), padded_depth,
-                                                    scratch);
+          const int64_t begin = sets.first_src + task % blocks * src_rows;
+          match_block<typename decltype(tag)::type>(args, sets, task / blocks, begin,
+                                                    std::min(begin + src_rows, sets.num_src), padded_depth, scratch);
         }
       });
     });
