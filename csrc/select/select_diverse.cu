@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(kTileThreads, kVectorLoads && sizeof(T) == 2 ?
     const int num_cols = static_cast<int>(min(span.len - col_begin, int64_t{kCols}));
     warp_product<T>(shared.rows[step % kStages], shared.cols[step % kStages], first_row, first_col, num_cols, acc);
   }
-  cp_async_wait<0>();
   const int row = static_cast<int>(row_begin) + first_row, col = static_cast<int>(col_begin) + first_col;
   const int len = static_cast<int>(span.len);
   float* gram = args.gram ? args.gram + in_group * args.max_seqlen * args.max_seqlen : nullptr;
