@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright (c) 2026 The tokred authors
+// Tokens are ranked once, into arrays; a target is found by a histogram of the upper 12 bits of the keys, then among
+// the few tokens of its bin.
+#include "common/cut_rows.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/plan.h"
+#include "common/topk.h"
+
+namespace tokred {
+namespace {
+
+constexpr int kFirstBits = 12, kNextBits = 10;  // 12 + 10 + 10 = 32
+
+struct Bin {
+  int64_t count, mass;
+};
+
+// A group's tokens. Those that take no part are at 0, mass 0, not counted.
+struct Ranked {
+  explicit Ranked(int64_t capacity)
+      : key(capacity), mass(capacity), counted(capacity), forced(capacity), first(1 << kFirstBits), next(1 << kNextBits) {
+    some.reserve(static_cast<size_t>(capacity));
+  }
+  AlignedBuffer<uint32_t> key;
+  AlignedBuffer<int64_t> mass;
+  AlignedBuffer<uint8_t> counted, forced;
+  std::vector<Bin> first, next;
+  std::vector<int64_t> some;  // tokens whose key starts like the bound
+};
+
+template <typename T>
+void add_stats(const CutRows& a, const CutRow<T>& row, CutStats& stats) {
+  for (int token = 0; token < row.row.num_tokens; ++token) {
+    if (row.row.drop && row.row.drop[token]) continue;
+    ++stats.eligible;
+    stats.forced += row.forced(a, token);
+    const int64_t key = score_key(static_cast<float>(row.row.score[token]));
+    stats.best = key > stats.best ? key : stats.best;
+  }
+}
+
+template <typename T>
+void rank_tokens(const CutRows& a, const CutRow<T>& row, int64_t base, Ranked& ranked, CutTotals& totals) {
+  const bool weighs = a.rule == CutRule::kMass;
+  for (int token = 0; token < row.row.num_tokens; ++token) {
+    const CutToken t = cut_token(a, row, token);
+    ranked.key[base + token] = t.key;
+    ranked.forced[base + token] = t.forced;
+    ranked.counted[base + token] = t.counted;
+    ranked.mass[base + token] = weighs && t.forced ? 0 : t.mass;
+    if (weighs && t.forced) {
+      totals.forced_mass += t.mass;
+    } else {
+      totals.mass += t.mass;
+    }
+    totals.count += t.counted;
+    totals.positive += t.counted && t.key > kKeyNaN;
+  }
+}
+
+int find_digit(const std::vector<Bin>& bins, CutTarget& target) {
+  int digit = static_cast<int>(bins.size()) - 1;
+  for (;; --digit) {
+    const int64_t in = target.by_mass ? bins[digit].mass : bins[digit].count;
+    if (target.above + in >= target.amount) break;
+    target.above += in;
+  }
+  return digit;
+}
+
+void find_targets(Ranked& ranked, int64_t n, CutPlan& plan) {
+  if (plan.num_targets == 0) return;
+  std::fill(ranked.first.begin(), ranked.first.end(), Bin{});
+  for (int64_t i = 0; i < n; ++i) {
+    Bin& bin = ranked.first[ranked.key[i] >> (32 - kFirstBits)];
+    bin.count += ranked.counted[i];
+    bin.mass += ranked.mass[i];
+  }
+  int64_t last = -1;
+  for (int t = 0; t < plan.num_targets; ++t) {
+    CutTarget& target = plan.target[t];
+    target.prefix = static_cast<uint32_t>(find_digit(ranked.first, target));
+    if (target.prefix != last) {
+      last = target.prefix;
+      ranked.some.clear();
+      for (int64_t i = 0; i < n; ++i) {
+        if (ranked.key[i] >> (32 - kFirstBits) == target.prefix) ranked.some.push_back(i);
+      }
+    }
+    for (int shift = kNextBits; shift >= 0; shift -= kNextBits) {
+      std::fill(ranked.next.begin(), ranked.next.end(), Bin{});
+      for (const int64_t i : ranked.some) {
+        if (ranked.key[i] >> (shift + kNextBits) != target.prefix) continue;
+        Bin& bin = ranked.next[(ranked.key[i] >> shift) & ((1 << kNextBits) - 1)];
+        bin.count += ranked.counted[i];
+        bin.mass += ranked.mass[i];
+      }
+      const int digit = find_digit(ranked.next, target);
+      target.prefix = target.prefix << kNextBits | static_cast<uint32_t>(digit);
+      target.at = ranked.next[digit].mass;
+      target.at_count = ranked.next[digit].count;
+    }
+  }
+}
+
+template <typename T>
+void cut_groups(const CutRows& a, int64_t begin, int64_t end) {
+  const TopkRows& rows = a.rows;
+  Ranked ranked(a.rows_per_group * rows.max_seqlen);
+  AlignedBuffer<int32_t> kept(rows.max_seqlen);
+  for (int64_t group = begin; group < end; ++group) {
+    CutPlan plan{};
+    int64_t n = 0;
+    const int64_t first = group * a.rows_per_group;
+    for (int64_t r = first; r < first + a.rows_per_group; ++r) add_stats(a, cut_row<T>(a, r), plan.stats);
+    CutTotals totals{};
+    bool crowded = false;
+    for (int64_t r = first; r < first + a.rows_per_group; ++r) {
+      CutRow<T> row = cut_row<T>(a, r);
+      know_stats(a, plan.stats, row);
+      crowded = row.crowded;
+      rank_tokens(a, row, n, ranked, totals);
+      n += row.row.num_tokens;
+    }
+    plan_cut(a, group, totals, plan);
+    find_targets(ranked, n, plan);
+    Cut cut = resolve_cut(a, group, plan);
+    n = 0;
+    for (int64_t r = first; r < first + a.rows_per_group; ++r) {
+      const TopkRow<T> row = topk_row<T>(rows, r);
+      uint8_t* mask = nullptr;
+      if (a.kept_mask) {
+        const int64_t batch_idx = r / rows.num_heads, head_idx = r - batch_idx * rows.num_heads;
+        mask = a.kept_mask + (rows.cu_seqlens ? head_idx * rows.num_tokens + topk_span(rows, batch_idx).begin
+                                              : r * rows.num_tokens);
+      }
+      int64_t count = 0;
+      for (int32_t token = 0; token < row.num_tokens; ++token) {
+        const int64_t i = n + token;
+        const uint32_t key =
+            cut_key({ranked.key[i], 0, ranked.counted[i] != 0, ranked.forced[i] != 0}, crowded);
+        const bool taken = key > cut.bound || (key == cut.bound && cut.ties > 0);
+        if (key == cut.bound) --cut.ties;
+        if (mask) mask[token] = taken;
+        kept[count] = token;
+        count += taken;
+      }
+      n += row.num_tokens;
+      if (a.row_count) a.row_count[r] = static_cast<int32_t>(count);
+      if (mask || a.row_count) continue;
+      if (rows.by_score) sort_by_score(row, kept.data(), count);
+      int64_t* out = rows.kept_idx + r * rows.k;
+      for (int64_t slot = 0; slot < rows.k; ++slot) out[slot] = slot < count ? kept[slot] : -1;
+      if (rows.num_kept) rows.num_kept[r] = static_cast<int32_t>(count);
+    }
+  }
+}
+
+}  // namespace
+
+void plan_cut_rows(Plan& plan, const CutRows& args) {
+  const CutPolicy policy = choose_cut_policy(args);
+  const int64_t rows = args.rows.num_rows, chunks = rows * policy.num_chunks;
+  if (policy.num_chunks == 0) {
+    plan.launches.push_back({"cut_row", {rows}, kCutThreads});
+  } else {
+    plan.launches.push_back({"cut_stats", {chunks}, kCutThreads});
+    for (int round = 0; round < kCutRounds && policy.searches; ++round) {
+      plan.launches.push_back({"cut_round", {chunks}, kCutThreads});
+    }
+    plan.launches.push_back({"cut_count", {chunks}, kCutThreads});
+    if (args.row_count) {
+      plan.launches.push_back({"cut_row_count", {rows}, kCutThreads});
+    } else {
+      plan.launches.push_back({"cut_emit", {chunks}, kCutThreads});
+    }
+  }
+  if (policy.sorts) plan_sort_lists(plan, rows, args.rows.k);
+}
+
+void cut_rows_cpu(const CutRows& args) {
+  if (args.rows.num_rows == 0) return;
+  // About 10 ns per token: groups are taken together until a task is worth its start.
+  const int64_t grain = 1 + 4096 / (args.rows_per_group * args.rows.max_seqlen + 64);
+  parallel_for(args.rows.num_rows / args.rows_per_group, grain, [&](int64_t begin, int64_t end) {
+    dispatch_float(args.rows.dtype, [&](auto tag) { cut_groups<typename decltype(tag)::type>(args, begin, end); });
+  });
+}
+
+}  // namespace tokred
