@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// Tokens are ranked once, into arrays; a target is found by a histogram of the upper 12 bits of the keys, then among
-// the few tokens of its bin.
+// Tokens are ranked once, into arrays; a target is found by a histogram of the upper 8 bits of the keys, then by the
+// next 8 bits of the tokens in its bin, and so on: few are left after the second.
 #include "common/cut_rows.h"
-
-#include <algorithm>
-#include <vector>
 
 #include "common/plan.h"
 #include "common/topk.h"
@@ -13,7 +10,7 @@
 namespace tokred {
 namespace {
 
-constexpr int kFirstBits = 12, kNextBits = 10;  // 12 + 10 + 10 = 32
+constexpr int kBins = 256;
 
 struct Bin {
   int64_t count, mass;
@@ -22,14 +19,11 @@ struct Bin {
 // A group's tokens. Those that take no part are at 0, mass 0, not counted.
 struct Ranked {
   explicit Ranked(int64_t capacity)
-      : key(capacity), mass(capacity), counted(capacity), forced(capacity), first(1 << kFirstBits), next(1 << kNextBits) {
-    some.reserve(static_cast<size_t>(capacity));
-  }
+      : key(capacity), mass(capacity), counted(capacity), forced(capacity), some(capacity) {}
   AlignedBuffer<uint32_t> key;
   AlignedBuffer<int64_t> mass;
   AlignedBuffer<uint8_t> counted, forced;
-  std::vector<Bin> first, next;
-  std::vector<int64_t> some;  // tokens whose key starts like the bound
+  AlignedBuffer<int32_t> some;  // tokens whose key starts like the bound
 };
 
 template <typename T>
@@ -62,47 +56,51 @@ void rank_tokens(const CutRows& a, const CutRow<T>& row, int64_t base, Ranked& r
   }
 }
 
-int find_digit(const std::vector<Bin>& bins, CutTarget& target) {
-  int digit = static_cast<int>(bins.size()) - 1;
+// Adds the digit to the target.
+void find_digit(const Bin (&bins)[kBins], CutTarget& target) {
+  int digit = kBins - 1;
   for (;; --digit) {
     const int64_t in = target.by_mass ? bins[digit].mass : bins[digit].count;
     if (target.above + in >= target.amount) break;
     target.above += in;
   }
-  return digit;
+  target.prefix = target.prefix << 8 | static_cast<uint32_t>(digit);
+  target.at = bins[digit].mass;
+  target.at_count = bins[digit].count;
 }
 
 void find_targets(Ranked& ranked, int64_t n, CutPlan& plan) {
   if (plan.num_targets == 0) return;
-  std::fill(ranked.first.begin(), ranked.first.end(), Bin{});
+  Bin first[kBins] = {};
   for (int64_t i = 0; i < n; ++i) {
-    Bin& bin = ranked.first[ranked.key[i] >> (32 - kFirstBits)];
+    Bin& bin = first[ranked.key[i] >> 24];
     bin.count += ranked.counted[i];
     bin.mass += ranked.mass[i];
   }
-  int64_t last = -1;
   for (int t = 0; t < plan.num_targets; ++t) {
     CutTarget& target = plan.target[t];
-    target.prefix = static_cast<uint32_t>(find_digit(ranked.first, target));
-    if (target.prefix != last) {
-      last = target.prefix;
-      ranked.some.clear();
-      for (int64_t i = 0; i < n; ++i) {
-        if (ranked.key[i] >> (32 - kFirstBits) == target.prefix) ranked.some.push_back(i);
-      }
+    find_digit(first, target);
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      ranked.some[left] = static_cast<int32_t>(i);
+      left += ranked.key[i] >> 24 == target.prefix;
     }
-    for (int shift = kNextBits; shift >= 0; shift -= kNextBits) {
-      std::fill(ranked.next.begin(), ranked.next.end(), Bin{});
-      for (const int64_t i : ranked.some) {
-        if (ranked.key[i] >> (shift + kNextBits) != target.prefix) continue;
-        Bin& bin = ranked.next[(ranked.key[i] >> shift) & ((1 << kNextBits) - 1)];
+    for (int shift = 16; shift >= 0; shift -= 8) {
+      Bin bins[kBins] = {};
+      for (int64_t j = 0; j < left; ++j) {
+        const int64_t i = ranked.some[j];
+        Bin& bin = bins[(ranked.key[i] >> shift) & (kBins - 1)];
         bin.count += ranked.counted[i];
         bin.mass += ranked.mass[i];
       }
-      const int digit = find_digit(ranked.next, target);
-      target.prefix = target.prefix << kNextBits | static_cast<uint32_t>(digit);
-      target.at = ranked.next[digit].mass;
-      target.at_count = ranked.next[digit].count;
+      find_digit(bins, target);
+      int64_t still = 0;
+      for (int64_t j = 0; j < left; ++j) {
+        const int32_t i = ranked.some[j];
+        ranked.some[still] = i;
+        still += ranked.key[i] >> shift == target.prefix;
+      }
+      left = still;
     }
   }
 }
@@ -132,17 +130,11 @@ void cut_groups(const CutRows& a, int64_t begin, int64_t end) {
     n = 0;
     for (int64_t r = first; r < first + a.rows_per_group; ++r) {
       const TopkRow<T> row = topk_row<T>(rows, r);
-      uint8_t* mask = nullptr;
-      if (a.kept_mask) {
-        const int64_t batch_idx = r / rows.num_heads, head_idx = r - batch_idx * rows.num_heads;
-        mask = a.kept_mask + (rows.cu_seqlens ? head_idx * rows.num_tokens + topk_span(rows, batch_idx).begin
-                                              : r * rows.num_tokens);
-      }
+      uint8_t* const mask = row_mask(a, r);
       int64_t count = 0;
       for (int32_t token = 0; token < row.num_tokens; ++token) {
         const int64_t i = n + token;
-        const uint32_t key =
-            cut_key({ranked.key[i], 0, ranked.counted[i] != 0, ranked.forced[i] != 0}, crowded);
+        const uint32_t key = cut_key({ranked.key[i], 0, ranked.counted[i] != 0, ranked.forced[i] != 0}, crowded);
         const bool taken = key > cut.bound || (key == cut.bound && cut.ties > 0);
         if (key == cut.bound) --cut.ties;
         if (mask) mask[token] = taken;
@@ -150,7 +142,7 @@ void cut_groups(const CutRows& a, int64_t begin, int64_t end) {
         count += taken;
       }
       n += row.num_tokens;
-      if (a.row_count) a.row_count[r] = static_cast<int32_t>(count);
+      if (a.row_count) a.row_count[r] = row_count_of(a, count);
       if (mask || a.row_count) continue;
       if (rows.by_score) sort_by_score(row, kept.data(), count);
       int64_t* out = rows.kept_idx + r * rows.k;

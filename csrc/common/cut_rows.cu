@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// A bound is found digit by digit, 8 bits a round: a histogram of the tokens that share the digits so far, a scan of its
-// bins, the bin in which the target lies. Up to six bounds are searched at once; a token is in the histogram of one of
-// them at most. Lanes with the same bin add up first, so that constant scores do not queue for one counter.
+// A bound is found digit by digit, 8 bits a round: a histogram of the tokens that share the digits so far, a scan of
+// its bins, the bin in which the target lies. Up to six bounds are searched at once; a token is in the histogram of one
+// of them at most. Lanes with the same bin add up first, so that constant scores do not queue for one counter.
 //
 // A row of up to 8,192 tokens is one block's: statistics, rounds and list in one launch. Longer rows, and groups of
 // rows, are cut by all SMs: a launch for the statistics, one per round, each of which begins with the scan of the round
@@ -49,8 +49,7 @@ __device__ void clear_histogram(CutHistogram& histogram, int slots) {
 
 // The tokens of [begin, end) that share the digits of a target before this round. Ends with a barrier.
 template <typename T>
-__device__ void add_tokens(const CutRows& a, const CutRow<T>& row, int begin, int end, int round,
-                           CutStorage& shared) {
+__device__ void add_tokens(const CutRows& a, const CutRow<T>& row, int begin, int end, int round, CutStorage& shared) {
   const CutPlan& plan = shared.plan;
   CutHistogram& histogram = shared.histogram;
   clear_histogram(histogram, round == 0 ? 1 : plan.num_targets);
@@ -187,7 +186,7 @@ struct CutAt {
   int64_t first_chunk;        // of the group
   int chunk, chunk_in_group;  // of the row
   int chunks_in_group;
-  int begin, end;             // tokens of the row
+  int begin, end;  // tokens of the row
   CutGroup* state;
   CutChunk* chunks;
 };
@@ -337,13 +336,7 @@ __global__ void __launch_bounds__(kCutThreads) cut_emit_kernel(const CutRows arg
   const CutBefore before = kept_before(at, 0, at.chunk, scratch.block);
   const CutBefore all = kept_before(at, 0, num_chunks, scratch.block);
   TopkSeen seen{static_cast<int>(before.above), static_cast<int>(before.ties)};
-  uint8_t* mask = nullptr;
-  if (args.kept_mask) {
-    const int64_t batch_idx = at.row_idx / args.rows.num_heads, head_idx = at.row_idx - batch_idx * args.rows.num_heads;
-    mask = args.kept_mask + (args.rows.cu_seqlens
-                                 ? head_idx * args.rows.num_tokens + topk_span(args.rows, batch_idx).begin
-                                 : at.row_idx * args.rows.num_tokens);
-  }
+  uint8_t* const mask = row_mask(args, at.row_idx);
   visit_kept(args, row, at.begin, at.end, cut, team, seen, [&](int token, int slot, bool taken) {
     if (mask && token < at.end) mask[token] = taken;
     if (!mask && taken) write_kept(args.rows, at.row_idx, nullptr, slot, token);
@@ -369,10 +362,11 @@ __global__ void __launch_bounds__(kCutThreads) cut_row_count_kernel(const CutRow
   at.chunks = reinterpret_cast<CutChunk*>(bytes + cut_chunks_offset(args));
   const int64_t ties = reinterpret_cast<const CutGroup*>(bytes)[at.group].cut.ties;
   const int first = static_cast<int>(blockIdx.x % args.rows_per_group) * num_chunks;
-  const CutBefore before = kept_before(at, 0, first, scratch), here = kept_before(at, first, first + num_chunks, scratch);
+  const CutBefore before = kept_before(at, 0, first, scratch),
+                  here = kept_before(at, first, first + num_chunks, scratch);
   if (threadIdx.x == 0) {
     args.row_count[blockIdx.x] =
-        static_cast<int32_t>(here.above + min(before.ties + here.ties, ties) - min(before.ties, ties));
+        row_count_of(args, here.above + min(before.ties + here.ties, ties) - min(before.ties, ties));
   }
 }
 

@@ -3,9 +3,7 @@
 // Where rows of scores are cut by a rule: what select_rule and select_budget share, as plain data and the arithmetic
 // that all devices do alike. Every sum is of integers, so that no order of additions and no contraction changes it.
 #pragma once
-#include <cmath>
-
-#include "common/score_key.h"
+#include "common/fixed_point.h"
 #include "common/sort_lists.h"
 #include "common/topk_rows.h"
 
@@ -23,9 +21,9 @@ struct CutRows {
   double value;            // threshold; quantile; factor of the IQR; share
   const float* row_value;  // [num_rows] instead of value, clamped to where it makes sense; null: none
   int64_t min_k;
-  int64_t count;           // kCount without row_k: of a group
-  double exp2_scale;       // of softmax: log2(e) / temperature * 2^30
-  const void* other;       // like score; tokens whose other score reaches other_value are forced; null: none
+  int64_t count;      // kCount without row_k: of a group
+  double exp2_scale;  // of softmax: log2(e) / temperature * 2^30
+  const void* other;  // like score; tokens whose other score reaches other_value are forced; null: none
   RowStrides other_stride;
   double other_value;
   const float* row_other_value;  // [num_rows]; null: none
@@ -34,98 +32,12 @@ struct CutRows {
   int32_t stride, offset;  // tokens offset, offset + stride, ... are forced; stride 0: none
   uint64_t seed;           // kLottery
   int64_t rows_per_group;  // rows that are cut as if they were one, the first one's tokens first; divides num_rows
-  uint8_t* kept_mask;      // [num_rows, max_seqlen] or, packed, [num_heads, num_tokens]: instead of kept_idx; or null
-  int32_t* row_count;      // [num_rows]: how many each row of a group keeps, instead of lists; or null
+  // Instead of lists, with kCount; null: not wanted.
+  uint8_t* kept_mask;  // [num_rows, num_tokens] or, packed, [num_heads, num_tokens]; all forced tokens are in it
+  int32_t* row_count;  // [num_rows]: how many of its group's tokens are the row's, times row_share plus row_least
+  double row_share;
+  int64_t row_least;
 };
-
-// ---- Fixed point
-
-// Weights of a row have 40 bits or, where a sum of so many could overflow, fewer.
-TOKRED_HOST_DEVICE int weight_shift(int64_t num_tokens) {
-  int shift = 0;
-  while ((num_tokens >> shift) > (1 << 22)) ++shift;
-  return shift;
-}
-
-// 2^-(y * 2^-30) in 40 bits, y >= 0: a Taylor polynomial of the fraction, whose error is below one unit of 2^-30.
-TOKRED_HOST_DEVICE int64_t exp2_weight(int64_t y) {
-  constexpr int64_t kTaylor[] = {1073741824, -744261118, 257941248, -59597083, 10327387, -1431680,
-                                 165394,     -16377,     1419,      -109,      8};  // 2^30 (-ln 2)^i / i!
-  const int64_t fraction = y & ((1 << 30) - 1);
-  int64_t power = kTaylor[10];
-  for (int i = 9; i >= 0; --i) power = kTaylor[i] + ((power * fraction) >> 30);
-  const int64_t whole = y >> 30;
-  return whole < 63 ? (power << 10) >> whole : 0;
-}
-
-TOKRED_HOST_DEVICE uint32_t float_bits(float x) {
-  uint32_t bits;
-#if defined(__CUDA_ARCH__)
-  bits = __float_as_uint(x);
-#else
-  std::memcpy(&bits, &x, sizeof(bits));
-#endif
-  return bits;
-}
-
-// The inverse of score_key, for the key of a number.
-TOKRED_HOST_DEVICE float key_score(uint32_t key) {
-  const uint32_t bits = key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu);
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-#endif
-}
-
-// What a score weighs in a row whose best number is best; 0 for NaN. What weighs anything weighs one unit.
-TOKRED_HOST_DEVICE int64_t softmax_weight(float score, float best, double exp2_scale, int shift) {
-  if (!(score > -INFINITY)) return 0;
-  if (score == best) return (int64_t{1} << 40) >> shift;  // inf - inf
-  const double y = (static_cast<double>(best) - static_cast<double>(score)) * exp2_scale;
-  const int64_t weight = exp2_weight(y < 0x1p36 ? static_cast<int64_t>(y) : int64_t{1} << 36) >> shift;
-  return weight > 0 ? weight : 1;
-}
-// The score itself in units of 2^-39 of the power of two at or below best; inf counts as 2^128.
-TOKRED_HOST_DEVICE int64_t plain_weight(float score, float best, int shift) {
-  if (!(score > 0.f)) return 0;
-  const uint32_t bits = float_bits(score);
-  const int exponent = static_cast<int>(bits >> 23), place = exponent > 0 ? exponent : 1;
-  const int top = static_cast<int>(float_bits(best) >> 23);
-  const int down = (top > 0 ? top : 1) - place + shift;
-  const int64_t mantissa = (bits & 0x7fffffu) | (exponent > 0 ? 0x800000u : 0u);
-  const int64_t weight = down < 63 ? (mantissa << 16) >> down : 0;
-  return weight > 0 ? weight : 1;
-}
-
-// splitmix64.
-TOKRED_HOST_DEVICE uint64_t mix64(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  return z ^ (z >> 31);
-}
-// weight / E, where E is exponential noise of (seed, row, token) alone: the k largest are a sample of k without
-// replacement. E is -log2 of a uniform number of 33 bits, in 28 bits of fraction found by squaring.
-TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
-  if (weight == 0) return kKeyNaN;
-  constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;
-  const uint64_t of_row = mix64(seed + kStep * static_cast<uint64_t>(row + 1));
-  const uint64_t odd = (mix64(of_row + kStep * static_cast<uint64_t>(token + 1)) >> 32) * 2 + 1;
-  int whole = 0;
-  for (int step = 32; step > 0; step /= 2) whole += (odd >> whole >> step) != 0 ? step : 0;
-  uint64_t x = whole <= 30 ? odd << (30 - whole) : odd >> (whole - 30);  // in [1, 2), 30 bits of fraction
-  int64_t log2 = whole;
-  for (int i = 0; i < 28; ++i) {
-    x *= x;
-    const int bit = static_cast<int>(x >> 61);
-    x >>= 30 + bit;
-    log2 = 2 * log2 + bit;
-  }
-  const int64_t noise = (int64_t{33} << 28) - log2;
-  return score_key(static_cast<float>(weight) / static_cast<float>(noise > 0 ? noise : 1));
-}
 
 // ---- A row, a token
 
@@ -169,8 +81,8 @@ TOKRED_HOST_DEVICE CutRow<T> cut_row(const CutRows& a, int64_t row_idx) {
   const int64_t begin = topk_span(a.rows, batch_idx).begin;
   CutRow<T> out{topk_row<T>(a.rows, row_idx), nullptr, 0, a.weight, 0, row_idx, 0.f, 0, false};
   if (a.other) {
-    out.other = static_cast<const T*>(a.other) + batch_idx * a.other_stride.batch + head_idx * a.other_stride.head +
-                begin;
+    out.other =
+        static_cast<const T*>(a.other) + batch_idx * a.other_stride.batch + head_idx * a.other_stride.head + begin;
     out.other_bound = bound_below(a.row_other_value ? a.row_other_value[row_idx] : a.other_value, a.strict);
   }
   out.weight_at = batch_idx * a.weight_stride.batch + head_idx * a.weight_stride.head + begin;
@@ -183,18 +95,23 @@ TOKRED_HOST_DEVICE int64_t cut_limit(const CutRows& a, int64_t group) {
   return a.rows.row_k.data ? topk_count(a.rows, group) : a.count;
 }
 
+// More are forced than may be kept: only they compete.
+TOKRED_HOST_DEVICE bool is_crowded(const CutRows& a, int64_t group, const CutStats& stats) {
+  return !a.kept_mask && stats.forced > cut_limit(a, group);
+}
+
 template <typename T>
 TOKRED_HOST_DEVICE void know_stats(const CutRows& a, const CutStats& stats, CutRow<T>& row) {
   row.best = stats.best > kKeyNaN ? key_score(static_cast<uint32_t>(stats.best)) : 0.f;
   row.shift = weight_shift(row.row.num_tokens);
-  row.crowded = stats.forced > cut_limit(a, row.row_idx / a.rows_per_group);
+  row.crowded = is_crowded(a, row.row_idx / a.rows_per_group, stats);
 }
 
 // What a token is in the search for the cut.
 struct CutToken {
-  uint32_t key;    // kKeyExcluded: it takes no part
+  uint32_t key;  // kKeyExcluded: it takes no part
   int64_t mass;
-  bool counted;    // it competes for a place; else only its mass matters
+  bool counted;  // it competes for a place; else only its mass matters
   bool forced;
 };
 
@@ -207,8 +124,8 @@ TOKRED_HOST_DEVICE CutToken cut_token(const CutRows& a, const CutRow<T>& row, in
   if (row.crowded) return {forced ? key : kKeyExcluded, 0, forced, forced};
   CutToken out{key, 0, !forced, forced};
   if (a.rule == CutRule::kMass || a.rule == CutRule::kLottery) {
-    out.mass = a.softmax ? softmax_weight(score, row.best, a.exp2_scale, row.shift)
-                         : plain_weight(score, row.best, row.shift);
+    out.mass =
+        a.softmax ? softmax_weight(score, row.best, a.exp2_scale, row.shift) : plain_weight(score, row.best, row.shift);
     if (a.rule == CutRule::kLottery) out.key = lottery_key(out.mass, a.seed, row.row_idx, token);
   } else if ((a.rule == CutRule::kQuantile || a.rule == CutRule::kIqr) && key > kKeyNaN) {
     const int64_t weight = row.weight.data ? row.weight[row.weight_at + token] : 1;
@@ -264,7 +181,9 @@ TOKRED_HOST_DEVICE int add_target(CutPlan& plan, int64_t amount, int64_t total, 
   return plan.num_targets++;
 }
 
-TOKRED_HOST_DEVICE int64_t clamp_to(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+TOKRED_HOST_DEVICE int64_t clamp_to(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
 
 TOKRED_HOST_DEVICE double cut_value(const CutRows& a, int64_t group) {
   const double v = a.row_value ? static_cast<double>(a.row_value[group]) : a.value;
@@ -278,7 +197,7 @@ TOKRED_HOST_DEVICE void plan_cut(const CutRows& a, int64_t group, const CutTotal
   plan.num_targets = 0;
   plan.low = plan.rule = kCutNothing;
   plan.high = kCutAll;
-  if (forced > limit) {  // only they compete
+  if (is_crowded(a, group, plan.stats)) {
     plan.rule = add_target(plan, limit, forced, false);
     return;
   }
@@ -327,16 +246,6 @@ TOKRED_HOST_DEVICE double four_quartiles(const CutPlan& plan, int first, int64_t
   return rest == 0 ? 4 * low : (4 - rest) * low + rest * high;
 }
 
-// factor * x + y, rounded twice whatever the compiler would like to fuse.
-TOKRED_HOST_DEVICE double multiply_add_twice_rounded(double factor, double x, double y) {
-#if defined(__CUDA_ARCH__)
-  return __dadd_rn(__dmul_rn(factor, x), y);
-#else
-  volatile double product = factor * x;
-  return product + y;
-#endif
-}
-
 TOKRED_HOST_DEVICE Cut cut_at_target(const CutPlan& plan, int target) {
   if (target == kCutNothing) return {kKeyForced - 1, 0};
   if (target == kCutAll) return {kKeyExcluded, 0};
@@ -353,7 +262,7 @@ TOKRED_HOST_DEVICE bool keeps_fewer(const Cut& a, const Cut& b) {
 // All targets are found.
 TOKRED_HOST_DEVICE Cut resolve_cut(const CutRows& a, int64_t group, const CutPlan& plan) {
   Cut cut{kKeyForced - 1, 0};
-  const bool crowded = plan.stats.forced > cut_limit(a, group);
+  const bool crowded = is_crowded(a, group, plan.stats);
   if (!crowded && a.rule == CutRule::kThreshold) {
     cut.bound = bound_below(cut_value(a, group), a.strict);
   } else if (!crowded && a.rule == CutRule::kQuantile && plan.rule >= 0) {
@@ -371,14 +280,26 @@ TOKRED_HOST_DEVICE Cut resolve_cut(const CutRows& a, int64_t group, const CutPla
   return cut;
 }
 
+// Where a row's part of kept_mask begins.
+TOKRED_HOST_DEVICE uint8_t* row_mask(const CutRows& a, int64_t row_idx) {
+  if (!a.kept_mask || !a.rows.cu_seqlens) return a.kept_mask ? a.kept_mask + row_idx * a.rows.num_tokens : nullptr;
+  const int64_t batch_idx = row_idx / a.rows.num_heads, head_idx = row_idx - batch_idx * a.rows.num_heads;
+  return a.kept_mask + head_idx * a.rows.num_tokens + topk_span(a.rows, batch_idx).begin;
+}
+
+TOKRED_HOST_DEVICE int32_t row_count_of(const CutRows& a, int64_t count) {
+  return static_cast<int32_t>(
+      rint(multiply_add_twice_rounded(a.row_share, static_cast<double>(count), static_cast<double>(a.row_least))));
+}
+
 // Writes kept_idx and num_kept, or kept_mask, or row_count.
 void cut_rows_cpu(const CutRows& args);
 
 // ---- CUDA
 
-constexpr int kCutThreads = 256;      // a thread per bin of a histogram
-constexpr int kCutTokens = 8192;      // of a row that one block cuts, or of a chunk of a longer one
-constexpr int kCutRounds = 4;         // of 8 bits each
+constexpr int kCutThreads = 256;  // a thread per bin of a histogram
+constexpr int kCutTokens = 8192;  // of a row that one block cuts, or of a chunk of a longer one
+constexpr int kCutRounds = 4;     // of 8 bits each
 
 // How the CUDA path cuts. Pure: a function of sizes and of what is asked for.
 struct CutPolicy {

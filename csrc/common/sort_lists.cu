@@ -85,15 +85,13 @@ int sort_lists_cuda(const TopkRows& args, unsigned long long* workspace, CUstrea
   SortKey *from = workspace, *to = workspace + total;
   int error = cudaErrorInvalidValue;
   dispatch_float(args.dtype, [&](auto tag) {
-    error =
-        launch(sort_run_kernel<typename decltype(tag)::type>, dim3(static_cast<unsigned>(args.num_rows * runs)),
-               dim3(kSortRunThreads), size * sizeof(SortKey), stream, args, runs, size, from);
+    error = launch(sort_run_kernel<typename decltype(tag)::type>, dim3(static_cast<unsigned>(args.num_rows * runs)),
+                   dim3(kSortRunThreads), size * sizeof(SortKey), stream, args, runs, size, from);
   });
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(total, kSortMergeThreads)));
   int64_t run = kTopkListed;
   for (int round = sort_lists_merges(args.k); round > 0 && error == cudaSuccess; --round, run *= 2) {
-    error =
-        launch(sort_merge_kernel, grid, dim3(kSortMergeThreads), 0, stream, args, from, to, run, round == 1);
+    error = launch(sort_merge_kernel, grid, dim3(kSortMergeThreads), 0, stream, args, from, to, run, round == 1);
     std::swap(from, to);
   }
   return error;

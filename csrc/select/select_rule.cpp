@@ -15,10 +15,14 @@ struct NamedRule {
   CutRule rule;
   bool share;  // its value is one: in [0, 1]
 };
-constexpr NamedRule kRules[] = {
-    {"threshold", CutRule::kThreshold, false}, {"top_p", CutRule::kMass, true},   {"coverage", CutRule::kMass, true},
-    {"quantile", CutRule::kQuantile, true},    {"iqr", CutRule::kIqr, false},     {"ratio", CutRule::kShare, true},
-    {"stride", CutRule::kThreshold, false},    {"multinomial", CutRule::kLottery, true}};
+constexpr NamedRule kRules[] = {{"threshold", CutRule::kThreshold, false},
+                                {"top_p", CutRule::kMass, true},
+                                {"coverage", CutRule::kMass, true},
+                                {"quantile", CutRule::kQuantile, true},
+                                {"iqr", CutRule::kIqr, false},
+                                {"ratio", CutRule::kShare, true},
+                                {"stride", CutRule::kThreshold, false},
+                                {"multinomial", CutRule::kLottery, true}};
 
 const NamedRule& find_rule(const std::string& name) {
   for (const NamedRule& rule : kRules) {

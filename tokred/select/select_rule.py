@@ -247,18 +247,19 @@ def _count(rule: str, value: float, score: Tensor, eligible: Tensor, forced: Ten
         bound = values[torch.searchsorted(ends, rank, right=True)]
         return num_forced + int(((exact > bound if options["strict"] else exact >= bound) & competes).sum())
     if rule == "iqr":
-        values = exact[number].sort().values.tolist()
-        if not values:
+        ordered: list[float] = exact[number].sort().values.tolist()
+        if not ordered:
             return num_forced
 
         def four_times(quarter: int) -> float:
-            at, rest = divmod(quarter * (len(values) - 1), 4)
-            return (4 - rest) * values[at] + rest * values[at + 1] if rest else 4 * values[at]
+            at, rest = divmod(quarter * (len(ordered) - 1), 4)
+            return (4 - rest) * ordered[at] + rest * ordered[at + 1] if rest else 4 * ordered[at]
 
         first, third = four_times(1), four_times(3)
         return num_forced + int(((exact > (value * (third - first) + third) / 4) & competes).sum())
-    rounded = {"floor": math.floor, "round": round, "ceil": math.ceil}[options["rounding"]]
-    return max(rounded(share * float(eligible.sum())), num_forced)
+    product = share * float(eligible.sum())
+    rounded = {"floor": math.floor(product), "round": round(product), "ceil": math.ceil(product)}
+    return max(rounded[options["rounding"]], num_forced)
 
 
 def reference(
