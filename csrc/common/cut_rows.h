@@ -312,7 +312,9 @@ struct CutPolicy {
 constexpr CutPolicy choose_cut_policy(const CutRows& a) {
   const bool whole = a.rows_per_group == 1 && !a.kept_mask && !a.row_count && a.rows.max_seqlen <= kCutTokens;
   CutPolicy policy{};
-  policy.num_chunks = whole ? 0 : static_cast<int>(ceil_div<int64_t>(a.rows.max_seqlen, kCutTokens));
+  policy.num_chunks = 0;
+  if (!whole)
+    policy.num_chunks = a.rows.max_seqlen > 0 ? static_cast<int>(ceil_div<int64_t>(a.rows.max_seqlen, kCutTokens)) : 1;
   policy.searches = a.rule != CutRule::kThreshold || a.min_k > 0 || a.rows.k < a.rows.max_seqlen;
   policy.listed = whole && a.rows.k <= kTopkListed;
   policy.sorts = a.rows.by_score && !policy.listed && !a.kept_mask && !a.row_count;
