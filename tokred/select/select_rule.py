@@ -101,7 +101,7 @@ def select_rule(
 
     Example:
         >>> score = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]])
-        >>> kept_idx, num_kept = tokred.select_rule(score, "coverage", 0.7)
+        >>> kept_idx, num_kept = tokred.select_rule(score, "coverage", 0.65)
         >>> kept_idx.tolist(), num_kept.tolist()
         ([[1, 2, -1, -1], [0, 1, 2, -1]], [2, 3])
         >>> tokred.select_rule(score, "threshold", 0.2, max_k=2)[0].tolist()
