@@ -68,7 +68,7 @@ def test_contracts_table_of_counts(op):
     rows = re.findall(rf"^\| `({op}\(.*?)` \| `(\[.*\])`", (ROOT / "docs" / "contracts.md").read_text(), re.M)
     assert len(rows) == (12 if op == "select_rule" else 3)
     for call, expected in rows:
-        kept_idx, num_kept = eval(f"tokred.{call}")
+        kept_idx, num_kept = eval(f"tokred.{call}", {"tokred": tokred, "score": score})
         lists = [kept[:n].tolist() for kept, n in zip(kept_idx.flatten(0, -2), num_kept.flatten().tolist())]
         assert (lists if op == "select_budget" else lists[0]) == eval(expected), call
 
