@@ -40,21 +40,21 @@ def coverage(score: Tensor, share: float, max_k: int) -> tuple[Tensor, Tensor]:
     return best(score, lambda v: (v.cumsum(-1) < share * v.sum(-1, keepdim=True)).sum(-1) + 1, max_k)
 
 
+def at_share(value: Tensor, share: float) -> Tensor:
+    """Interpolate a quantile of sorted scores."""
+    place = share * (value.shape[-1] - 1)
+    low, high = value[..., math.floor(place)], value[..., math.ceil(place)]
+    return low + (place - math.floor(place)) * (high - low)
+
+
 def iqr(score: Tensor, factor: float, max_k: int) -> tuple[Tensor, Tensor]:
-    """One sort for both quartiles."""
     value = score.sort(dim=-1).values
-
-    def quartile(share: float) -> Tensor:
-        place = share * (score.shape[-1] - 1)
-        low, high = value[..., math.floor(place)], value[..., math.ceil(place)]
-        return low + (place - math.floor(place)) * (high - low)
-
-    first, third = quartile(0.25), quartile(0.75)
+    first, third = at_share(value, 0.25), at_share(value, 0.75)
     return listed(score > (third + factor * (third - first))[..., None], max_k)
 
 
 def quantile(score: Tensor, share: float, max_k: int) -> tuple[Tensor, Tensor]:
-    return listed(score >= torch.quantile(score, share, dim=-1, keepdim=True), max_k)
+    return listed(score >= at_share(score.sort(dim=-1).values, share)[..., None], max_k)
 
 
 def threshold(score: Tensor, bound: float, max_k: int) -> tuple[Tensor, Tensor]:
