@@ -61,11 +61,6 @@ def threshold(score: Tensor, bound: float, max_k: int) -> tuple[Tensor, Tensor]:
     return listed(score >= bound, max_k)
 
 
-def multinomial(score: Tensor, share: float, max_k: int) -> tuple[Tensor, Tensor]:
-    kept_idx = torch.multinomial(score, max_k).sort().values
-    return kept_idx, torch.full(score.shape[:-1], max_k, dtype=torch.int32, device=score.device)
-
-
 @dataclass
 class Problem:
     """Softmax scores and a rule."""
@@ -73,7 +68,7 @@ class Problem:
     shape: tuple[int, ...]
     rule: str
     value: float
-    aten: Callable[..., Any]
+    aten: Callable[..., Any] | None  # None: torch.multinomial draws anew each time, nothing to compare with
     max_k: int | None = None
     temperature: float | None = None
     core: bool = False
@@ -97,7 +92,7 @@ def problems(cuda: bool) -> Iterator[Problem]:
         yield Problem((64, 32768), "coverage", 0.9, coverage, max_k=16384)
     yield Problem((8, 576), "threshold", 1 / 576, threshold)
     yield Problem((32, 577), "quantile", 0.9, quantile)
-    yield Problem((8, 576), "multinomial", 1.0, multinomial, max_k=64)
+    yield Problem((8, 576), "multinomial", 1.0, None, max_k=64)
 
 
 def smoke_problems() -> Iterator[Problem]:
@@ -107,7 +102,7 @@ def smoke_problems() -> Iterator[Problem]:
     yield Problem((2, 50), "coverage", 0.9, coverage)
     yield Problem((2, 50), "threshold", 0.02, threshold)
     yield Problem((2, 50), "quantile", 0.9, quantile)
-    yield Problem((2, 50), "multinomial", 1.0, multinomial, max_k=7)
+    yield Problem((2, 50), "multinomial", 1.0, None, max_k=7)
 
 
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
@@ -115,22 +110,20 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     for p in smoke_problems() if smoke else problems(device == "cuda"):
         length = p.shape[-1] if p.max_k is None else p.max_k
         options = {"max_k": length, "temperature": p.temperature}
-        eager = "torch.multinomial+sort" if p.rule == "multinomial" else f"{p.rule} by torch"
         # torch adds in float32: where a sum comes to stand at the share, the count may differ.
         summed = p.rule in ("top_p", "coverage")
+        run = {"tokred": lambda score, p=p, options=options: tokred.select_rule(score, p.rule, p.value, **options)}
+        if p.aten is not None:
+            run[f"{p.rule} by torch"] = lambda score, p=p, length=length: p.aten(score, p.value, length)
         yield Case(
             op="select_rule",
             name=p.name(),
             dtype="float32",
             make=lambda i, p=p: p.make(i, device),
             call=lambda score, p=p, options=options: ((score, p.rule, p.value), options),
-            run={
-                "tokred": lambda score, p=p, options=options: tokred.select_rule(score, p.rule, p.value, **options),
-                eager: lambda score, p=p, length=length: p.aten(score, p.value, length),
-            },
+            run=run,
             compare=(lambda out, score: out[1].float()) if summed else (lambda out, score: out),
             tolerance=(1e-3, 1.0) if summed else (0, 0),
-            unlike={eager: "another draw of the same kind"} if p.rule == "multinomial" else {},
             min_copies=64 if p.shape[-1] < 4096 else 4,
             core=device == "cuda" and p.core,
         )
