@@ -4,6 +4,9 @@
 // next 8 bits of the tokens in its bin, and so on: few are left after the second.
 #include "common/cut_rows.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "common/plan.h"
 #include "common/topk.h"
 
@@ -26,26 +29,89 @@ struct Ranked {
   AlignedBuffer<int32_t> some;  // tokens whose key starts like the bound
 };
 
+// Whether no token is forced or excluded: then loops of the compiler's vector code do.
+template <typename T>
+bool is_plain(const CutRows& a, const CutRow<T>& row) {
+  return !row.row.keep && !row.row.drop && !row.other && a.stride == 0 && row.row.num_window() == 0;
+}
+
+template <typename T>
+TOKRED_CLONES uint32_t best_key(const T* score, int64_t n) {
+  uint32_t best = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = score_key(static_cast<float>(score[i]));
+    best = key > best ? key : best;
+  }
+  return best;
+}
+template <typename T>
+TOKRED_CLONES void plain_keys(const T* score, int64_t n, uint32_t* keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = score_key(static_cast<float>(score[i]));
+}
+TOKRED_CLONES void mass_of_numbers(const uint32_t* keys, int64_t n, int64_t* mass) {
+  for (int64_t i = 0; i < n; ++i) mass[i] = keys[i] > kKeyNaN;
+}
+template <typename T>
+TOKRED_CLONES void softmax_weights(const T* score, int64_t n, float best, double exp2_scale, int shift, int64_t* mass) {
+  for (int64_t i = 0; i < n; ++i) mass[i] = softmax_weight(static_cast<float>(score[i]), best, exp2_scale, shift);
+}
+template <typename T>
+TOKRED_CLONES void plain_weights(const T* score, int64_t n, float best, int shift, int64_t* mass) {
+  for (int64_t i = 0; i < n; ++i) mass[i] = plain_weight(static_cast<float>(score[i]), best, shift);
+}
+TOKRED_CLONES int64_t sum_of(const int64_t* mass, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += mass[i];
+  return total;
+}
+
 template <typename T>
 void add_stats(const CutRows& a, const CutRow<T>& row, CutStats& stats) {
-  for (int token = 0; token < row.row.num_tokens; ++token) {
-    if (row.row.drop && row.row.drop[token]) continue;
-    ++stats.eligible;
-    stats.forced += row.forced(a, token);
-    const int64_t key = score_key(static_cast<float>(row.row.score[token]));
-    stats.best = key > stats.best ? key : stats.best;
+  int64_t best = 0;
+  if (is_plain(a, row)) {
+    stats.eligible += row.row.num_tokens;
+    best = best_key(row.row.score, row.row.num_tokens);
+  } else {
+    for (int token = 0; token < row.row.num_tokens; ++token) {
+      if (row.row.drop && row.row.drop[token]) continue;
+      ++stats.eligible;
+      stats.forced += row.forced(a, token);
+      const int64_t key = score_key(static_cast<float>(row.row.score[token]));
+      best = key > best ? key : best;
+    }
   }
+  stats.best = best > stats.best ? best : stats.best;
 }
 
 template <typename T>
 void rank_tokens(const CutRows& a, const CutRow<T>& row, int64_t base, Ranked& ranked, CutTotals& totals) {
+  const int64_t n = row.row.num_tokens;
+  uint32_t* const key = ranked.key.data() + base;
+  int64_t* const mass = ranked.mass.data() + base;
+  if (is_plain(a, row) && a.rule != CutRule::kLottery && !row.weight.data) {
+    std::memset(ranked.counted.data() + base, 1, n);
+    std::memset(ranked.forced.data() + base, 0, n);
+    plain_keys(row.row.score, n, key);
+    totals.count += n;
+    if (a.rule == CutRule::kMass && a.softmax) {
+      softmax_weights(row.row.score, n, row.best, a.exp2_scale, row.shift, mass);
+    } else if (a.rule == CutRule::kMass) {
+      plain_weights(row.row.score, n, row.best, row.shift, mass);
+    } else if (a.rule == CutRule::kQuantile || a.rule == CutRule::kIqr) {
+      mass_of_numbers(key, n, mass);
+    } else {
+      std::fill_n(mass, n, int64_t{0});
+    }
+    totals.mass += sum_of(mass, n);
+    return;
+  }
   const bool weighs = a.rule == CutRule::kMass;
-  for (int token = 0; token < row.row.num_tokens; ++token) {
-    const CutToken t = cut_token(a, row, token);
-    ranked.key[base + token] = t.key;
+  for (int64_t token = 0; token < n; ++token) {
+    const CutToken t = cut_token(a, row, static_cast<int>(token));
+    key[token] = t.key;
     ranked.forced[base + token] = t.forced;
     ranked.counted[base + token] = t.counted;
-    ranked.mass[base + token] = weighs && t.forced ? 0 : t.mass;
+    mass[token] = weighs && t.forced ? 0 : t.mass;
     if (weighs && t.forced) {
       totals.forced_mass += t.mass;
     } else {
@@ -71,11 +137,19 @@ void find_digit(const Bin (&bins)[kBins], CutTarget& target) {
 
 void find_targets(Ranked& ranked, int64_t n, CutPlan& plan) {
   if (plan.num_targets == 0) return;
-  Bin first[kBins] = {};
+  constexpr int kCopies = 4;  // neighbours often share a bin: each adds to a counter of its own
+  Bin copies[kCopies][kBins] = {};
   for (int64_t i = 0; i < n; ++i) {
-    Bin& bin = first[ranked.key[i] >> 24];
+    Bin& bin = copies[i % kCopies][ranked.key[i] >> 24];
     bin.count += ranked.counted[i];
     bin.mass += ranked.mass[i];
+  }
+  Bin first[kBins] = {};
+  for (const auto& copy : copies) {
+    for (int b = 0; b < kBins; ++b) {
+      first[b].count += copy[b].count;
+      first[b].mass += copy[b].mass;
+    }
   }
   for (int t = 0; t < plan.num_targets; ++t) {
     CutTarget& target = plan.target[t];
