@@ -21,32 +21,54 @@ struct Bin {
 
 // A group's tokens. Those that take no part are at 0, mass 0, not counted.
 struct Ranked {
-  explicit Ranked(int64_t capacity)
-      : key(capacity), mass(capacity), counted(capacity), forced(capacity), some(capacity) {}
+  Ranked(int64_t capacity, int64_t longest)
+      : key(capacity), mass(capacity), counted(capacity), forced(capacity), some(capacity), none(longest) {
+    std::memset(none.data(), 0, longest);
+  }
   AlignedBuffer<uint32_t> key;
   AlignedBuffer<int64_t> mass;
   AlignedBuffer<uint8_t> counted, forced;
   AlignedBuffer<int32_t> some;  // tokens whose key starts like the bound
+  AlignedBuffer<uint8_t> none;  // a mask of nothing
 };
 
-// Whether no token is forced or excluded: then loops of the compiler's vector code do.
+// Whether tokens are forced and excluded by masks and windows alone: then the loops below do, which are vector code.
 template <typename T>
-bool is_plain(const CutRows& a, const CutRow<T>& row) {
-  return !row.row.keep && !row.row.drop && !row.other && a.stride == 0 && row.row.num_window() == 0;
+bool is_simple(const CutRows& a, const CutRow<T>& row) {
+  return !row.other && a.stride == 0 && a.rule != CutRule::kLottery && !row.weight.data;
 }
 
+struct Masks {
+  const uint8_t *keep, *drop;  // [num_tokens], never null
+  int32_t keep_before, keep_from;
+};
+
 template <typename T>
-TOKRED_CLONES uint32_t best_key(const T* score, int64_t n) {
-  uint32_t best = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t key = score_key(static_cast<float>(score[i]));
-    best = key > best ? key : best;
+TOKRED_CLONES void simple_stats(const T* score, int32_t n, Masks masks, int32_t* eligible, int32_t* forced,
+                                uint32_t* best) {
+  int32_t num_eligible = 0, num_forced = 0;
+  uint32_t highest = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    const uint32_t in = masks.drop[i] ^ 1u;
+    num_eligible += static_cast<int32_t>(in);
+    num_forced += static_cast<int32_t>(in & (masks.keep[i] | (i < masks.keep_before) | (i >= masks.keep_from)));
+    const uint32_t key = in * score_key(static_cast<float>(score[i]));
+    highest = key > highest ? key : highest;
   }
-  return best;
+  *eligible = num_eligible;
+  *forced = num_forced;
+  *best = highest;
 }
 template <typename T>
-TOKRED_CLONES void plain_keys(const T* score, int64_t n, uint32_t* keys) {
-  for (int64_t i = 0; i < n; ++i) keys[i] = score_key(static_cast<float>(score[i]));
+TOKRED_CLONES void simple_keys(const T* score, int32_t n, Masks masks, uint32_t* keys, uint8_t* forced,
+                               uint8_t* counted) {
+  for (int32_t i = 0; i < n; ++i) {
+    const uint32_t in = masks.drop[i] ^ 1u;
+    const uint32_t force = in & (masks.keep[i] | (i < masks.keep_before) | (i >= masks.keep_from));
+    keys[i] = in * score_key(static_cast<float>(score[i]));
+    forced[i] = static_cast<uint8_t>(force);
+    counted[i] = static_cast<uint8_t>(in ^ force);
+  }
 }
 TOKRED_CLONES void mass_of_numbers(const uint32_t* keys, int64_t n, int64_t* mass) {
   for (int64_t i = 0; i < n; ++i) mass[i] = keys[i] > kKeyNaN;
@@ -59,44 +81,64 @@ template <typename T>
 TOKRED_CLONES void plain_weights(const T* score, int64_t n, float best, int shift, int64_t* mass) {
   for (int64_t i = 0; i < n; ++i) mass[i] = plain_weight(static_cast<float>(score[i]), best, shift);
 }
-TOKRED_CLONES int64_t sum_of(const int64_t* mass, int64_t n) {
+// Leaves the mass of what competes; returns that of what is forced.
+TOKRED_CLONES int64_t split_mass(const uint8_t* forced, const uint8_t* counted, int64_t n, int64_t* mass) {
   int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += mass[i];
+  for (int64_t i = 0; i < n; ++i) {
+    total += mass[i] * forced[i];
+    mass[i] *= counted[i];
+  }
+  return total;
+}
+template <typename V>
+TOKRED_CLONES int64_t sum_of(const V* values, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += values[i];
   return total;
 }
 
 template <typename T>
-void add_stats(const CutRows& a, const CutRow<T>& row, CutStats& stats) {
-  int64_t best = 0;
-  if (is_plain(a, row)) {
-    stats.eligible += row.row.num_tokens;
-    best = best_key(row.row.score, row.row.num_tokens);
+Masks masks_of(const TopkRow<T>& row, const Ranked& ranked) {
+  const uint8_t* none = ranked.none.data();
+  return {row.keep ? row.keep : none, row.drop ? row.drop : none, row.keep_before, row.keep_from};
+}
+
+template <typename T>
+void add_stats(const CutRows& a, const CutRow<T>& row, const Ranked& ranked, CutStats& stats) {
+  int32_t eligible = 0, forced = 0;
+  uint32_t best = 0;
+  if (is_simple(a, row)) {
+    simple_stats(row.row.score, row.row.num_tokens, masks_of(row.row, ranked), &eligible, &forced, &best);
   } else {
     for (int token = 0; token < row.row.num_tokens; ++token) {
       if (row.row.drop && row.row.drop[token]) continue;
-      ++stats.eligible;
-      stats.forced += row.forced(a, token);
-      const int64_t key = score_key(static_cast<float>(row.row.score[token]));
+      ++eligible;
+      forced += row.forced(a, token);
+      const uint32_t key = score_key(static_cast<float>(row.row.score[token]));
       best = key > best ? key : best;
     }
   }
+  stats.eligible += eligible;
+  stats.forced += forced;
   stats.best = best > stats.best ? best : stats.best;
 }
 
 template <typename T>
 void rank_tokens(const CutRows& a, const CutRow<T>& row, int64_t base, Ranked& ranked, CutTotals& totals) {
-  const int64_t n = row.row.num_tokens;
+  const int32_t n = row.row.num_tokens;
   uint32_t* const key = ranked.key.data() + base;
   int64_t* const mass = ranked.mass.data() + base;
-  if (is_plain(a, row) && a.rule != CutRule::kLottery && !row.weight.data) {
-    std::memset(ranked.counted.data() + base, 1, n);
-    std::memset(ranked.forced.data() + base, 0, n);
-    plain_keys(row.row.score, n, key);
-    totals.count += n;
-    if (a.rule == CutRule::kMass && a.softmax) {
-      softmax_weights(row.row.score, n, row.best, a.exp2_scale, row.shift, mass);
-    } else if (a.rule == CutRule::kMass) {
-      plain_weights(row.row.score, n, row.best, row.shift, mass);
+  uint8_t *const forced = ranked.forced.data() + base, *const counted = ranked.counted.data() + base;
+  if (is_simple(a, row) && !row.crowded) {
+    simple_keys(row.row.score, n, masks_of(row.row, ranked), key, forced, counted);
+    totals.count += sum_of(counted, n);
+    if (a.rule == CutRule::kMass) {
+      if (a.softmax) {
+        softmax_weights(row.row.score, n, row.best, a.exp2_scale, row.shift, mass);
+      } else {
+        plain_weights(row.row.score, n, row.best, row.shift, mass);
+      }
+      totals.forced_mass += split_mass(forced, counted, n, mass);
     } else if (a.rule == CutRule::kQuantile || a.rule == CutRule::kIqr) {
       mass_of_numbers(key, n, mass);
     } else {
@@ -106,11 +148,11 @@ void rank_tokens(const CutRows& a, const CutRow<T>& row, int64_t base, Ranked& r
     return;
   }
   const bool weighs = a.rule == CutRule::kMass;
-  for (int64_t token = 0; token < n; ++token) {
-    const CutToken t = cut_token(a, row, static_cast<int>(token));
+  for (int32_t token = 0; token < n; ++token) {
+    const CutToken t = cut_token(a, row, token);
     key[token] = t.key;
-    ranked.forced[base + token] = t.forced;
-    ranked.counted[base + token] = t.counted;
+    forced[token] = t.forced;
+    counted[token] = t.counted;
     mass[token] = weighs && t.forced ? 0 : t.mass;
     if (weighs && t.forced) {
       totals.forced_mass += t.mass;
@@ -182,13 +224,13 @@ void find_targets(Ranked& ranked, int64_t n, CutPlan& plan) {
 template <typename T>
 void cut_groups(const CutRows& a, int64_t begin, int64_t end) {
   const TopkRows& rows = a.rows;
-  Ranked ranked(a.rows_per_group * rows.max_seqlen);
+  Ranked ranked(a.rows_per_group * rows.max_seqlen, rows.max_seqlen);
   AlignedBuffer<int32_t> kept(rows.max_seqlen);
   for (int64_t group = begin; group < end; ++group) {
     CutPlan plan{};
     int64_t n = 0;
     const int64_t first = group * a.rows_per_group;
-    for (int64_t r = first; r < first + a.rows_per_group; ++r) add_stats(a, cut_row<T>(a, r), plan.stats);
+    for (int64_t r = first; r < first + a.rows_per_group; ++r) add_stats(a, cut_row<T>(a, r), ranked, plan.stats);
     CutTotals totals{};
     bool crowded = false;
     for (int64_t r = first; r < first + a.rows_per_group; ++r) {
