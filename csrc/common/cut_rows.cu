@@ -145,7 +145,7 @@ __device__ void visit_kept(const CutRows& a, const CutRow<T>& row, int begin, in
   }
 }
 
-// grid: num_rows. Two blocks on an SM are enough for ptxas to leave its heuristic of 64 registers, which would spill.
+// grid: num_rows. To ask for two blocks on an SM keeps ptxas from its own choice of 64 registers, which would spill.
 template <typename T>
 __global__ void __launch_bounds__(kCutThreads, 2) cut_row_kernel(const CutRows args, bool searches, bool listed) {
   TOKRED_SHARED(CutStorage, shared);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kCutThreads) cut_round_kernel(const CutRows ar
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCutThreads) cut_count_kernel(const CutRows args, int num_chunks, bool searches) {
+__global__ void __launch_bounds__(kCutThreads, 2) cut_count_kernel(const CutRows args, int num_chunks, bool searches) {
   TOKRED_SHARED(CutStorage, shared);
   CutRow<T> row = cut_row<T>(args, blockIdx.x / num_chunks);
   const CutAt at = cut_at(args, num_chunks, row.row.num_tokens, blockIdx.x / num_chunks);
