@@ -59,6 +59,20 @@ def test_contracts_table_of_select_topk():
         assert str(out[0].tolist()) == result, call
 
 
+@pytest.mark.parametrize("op", ["select_rule", "select_budget"])
+def test_contracts_table_of_counts(op):
+    """Lists without their -1."""
+    score = torch.tensor([[0.5, float("nan"), 0.9, 0.5, -0.0, 0.9]])
+    if op == "select_budget":
+        score = torch.tensor([[[0.9, 0.9, 0.5, 0.1], [0.5, 0.9, 0.1, 0.1]]])
+    rows = re.findall(rf"^\| `({op}\(.*?)` \| `(\[.*\])`", (ROOT / "docs" / "contracts.md").read_text(), re.M)
+    assert len(rows) == (12 if op == "select_rule" else 3)
+    for call, expected in rows:
+        kept_idx, num_kept = eval(f"tokred.{call}", {"tokred": tokred, "score": score})
+        lists = [kept[:n].tolist() for kept, n in zip(kept_idx.flatten(0, -2), num_kept.flatten().tolist())]
+        assert (lists if op == "select_budget" else lists[0]) == eval(expected), call
+
+
 def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/simt/*.md")]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -21,12 +21,14 @@ class Reduced(NamedTuple):
     """What a method returns; fields that it does not produce are None.
 
     Fields:
-        x: The reduced tokens, ``[batch_size, num_kept, dim]``.
+        x: The reduced tokens, ``[batch_size, num_kept, dim]``; of methods for the KV cache the keys, ``[batch_size, num_heads,
+            num_kept, head_dim]``, and the other fields have a dimension of heads, too.
         kept_idx: ``[batch_size, num_kept]`` int64, original positions of kept tokens, -1 past ``num_kept``.
         dst_idx: ``[batch_size, num_tokens]`` int64, the row of ``x`` that each token went to.
         size: ``[batch_size, num_kept]`` float32, how many original tokens each row stands for.
         score: The scores that the selection was made from.
-        num_kept: ``[batch_size]`` int32, for ragged input.
+        num_kept: ``[batch_size]`` int32, for ragged input and for counts that the scores decide.
+        v: The values that go with the keys ``x``.
     """
 
     x: Tensor
@@ -35,6 +37,7 @@ class Reduced(NamedTuple):
     size: Tensor | None = None
     score: Tensor | None = None
     num_kept: Tensor | None = None
+    v: Tensor | None = None
 
 
 def take_kept(x: Tensor, kept_idx: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

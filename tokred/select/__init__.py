@@ -4,5 +4,7 @@
 
 from tokred.select.list_to_slots import list_to_slots as list_to_slots
 from tokred.select.list_union import list_union as list_union
+from tokred.select.select_budget import select_budget as select_budget
 from tokred.select.select_diverse import select_diverse as select_diverse
+from tokred.select.select_rule import select_rule as select_rule
 from tokred.select.select_topk import select_topk as select_topk

@@ -2,7 +2,6 @@
 # Copyright (c) 2026 The tokred authors
 """select_topk: the list of the k best-scored tokens of each row."""
 
-import math
 from typing import Any
 
 import torch
@@ -121,24 +120,17 @@ def reference(
     return_num_kept: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Define select_topk in plain PyTorch; tests and benchmarks measure against this."""
-    num_tokens = score.shape[-1]
-    if cu_seqlens is None:
-        lead, longest = tuple(score.shape[:-1]), num_tokens
-        spans = [(0, num_tokens)] * score.shape[0]
-    else:
-        lead, longest = (cu_seqlens.shape[0] - 1, *score.shape[:-1]), num_tokens if max_seqlen is None else max_seqlen
-        spans = [(a, min(e, a + longest)) for a, e in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:])]
+    rows, lead = _topk.rows(score, cu_seqlens, max_seqlen)
+    longest = score.shape[-1] if cu_seqlens is None or max_seqlen is None else max_seqlen
     length = max_k if max_k is not None else int(k)
-    counts = k.clamp(0, length).flatten().tolist() if isinstance(k, Tensor) else [length] * math.prod(lead)
+    counts = k.clamp(0, length).flatten().tolist() if isinstance(k, Tensor) else [length] * len(rows)
     certain = cu_seqlens is None and drop_mask is None and not isinstance(k, Tensor)
     kept, rest = [], []
-
-    def rows(x: Tensor) -> list[Tensor]:
-        parts = [x[..., a:e] if cu_seqlens is not None else x[b] for b, (a, e) in enumerate(spans)]
-        return [row for part in parts for row in (part if len(lead) == 2 else (part,))]
-
-    masks = [[None] * len(counts) if mask is None else rows(mask) for mask in (keep_mask, drop_mask)]
-    for row, count, keep, drop in zip(rows(score), counts, *masks):
+    masks = [
+        [None] * len(rows) if mask is None else _topk.rows(mask, cu_seqlens, max_seqlen)[0]
+        for mask in (keep_mask, drop_mask)
+    ]
+    for row, count, keep, drop in zip(rows, counts, *masks):
         place = torch.arange(row.shape[0], device=row.device)
         forced = (place < keep_first) | (place >= row.shape[0] - keep_last)
         picked = _topk.select_reference(row, count, forced if keep is None else forced | keep, drop)
@@ -148,17 +140,12 @@ def reference(
             picked = picked[_topk.rank(row[picked])]
         kept.append(_topk.pad(picked, length))
         rest.append(_topk.pad(left, longest - length if certain else longest))
-
-    def stacked(lists: list[Tensor], width: int) -> Tensor:
-        flat = torch.stack(lists) if lists else torch.empty((0, width), dtype=torch.int64, device=score.device)
-        return flat.reshape(*lead, width)
-
-    kept_idx = stacked(kept, length)
+    kept_idx = _topk.stacked(kept, lead, length, score.device)
     out = [kept_idx]
     if isinstance(k, Tensor) or cu_seqlens is not None or return_num_kept:
         out.append((kept_idx >= 0).sum(-1, dtype=torch.int32))
     if complement:
-        out.append(stacked(rest, longest - length if certain else longest))
+        out.append(_topk.stacked(rest, lead, longest - length if certain else longest, score.device))
     return tuple(out) if len(out) > 1 else kept_idx
 
 
