@@ -3,6 +3,7 @@
 #include "compact/prune_topk.h"
 
 #include "torch/glue.h"
+#include "torch/glue_rows.h"
 
 namespace tokred {
 namespace {
@@ -22,25 +23,6 @@ const uint8_t* check_mask(const char* name, const OptTensor& mask, const Tensor&
   check_shape("prune_topk", name, *mask, shape, "of score");
   check_contiguous("prune_topk", name, *mask);
   return static_cast<const uint8_t*>(mask->const_data_ptr());
-}
-
-// x and companions share this: [batch_size, num_tokens, ...] or, packed, [num_tokens, ...], rows contiguous.
-RowTensor row_tensor(const std::string& name, const Tensor& x, bool packed, const Tensor& kept) {
-  const int64_t lead = packed ? 1 : 2;
-  int64_t expected = 1;
-  for (int64_t d = x.dim() - 1; d >= lead; --d) {
-    TOKRED_CHECK(x.size(d) == 1 || x.stride(d) == expected || x.numel() == 0, "prune_topk: expected ", name,
-                 " contiguous after its token dimension, got strides ", strides_of(x));
-    expected *= x.size(d);
-  }
-  RowTensor t;
-  const int64_t bytes = static_cast<int64_t>(x.element_size());
-  t.src = static_cast<const char*>(x.const_data_ptr());
-  t.dst = static_cast<char*>(kept.mutable_data_ptr());
-  t.row_bytes = expected * bytes;
-  t.src_batch = packed ? 0 : x.stride(0) * bytes;
-  t.src_token = x.stride(lead - 1) * bytes;
-  return t;
 }
 
 Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
@@ -95,7 +77,9 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
     std::vector<int64_t> shape{batch_size, k};
     for (int64_t d = lead; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
     call.kept.push_back(new_empty(tensor, shape));
-    call.args.tensors[call.args.num_tensors++] = row_tensor(name, tensor, packed, call.kept.back());
+    RowTensor& companion = call.args.tensors[call.args.num_tensors++];
+    companion = check_rows("prune_topk", name, tensor, lead - 1);
+    companion.dst = static_cast<char*>(call.kept.back().mutable_data_ptr());
   }
   TopkRows& rows = call.args.rows;
   rows = {};
