@@ -36,13 +36,7 @@ PackTokensArgs prepare(const Tensor& mask, int64_t max_total, const OptTensor& c
   check_int32_range(kOp, "the tokens of mask", mask.numel());
   TOKRED_CHECK(max_total >= 0 && max_total <= mask.numel(), "pack_tokens: expected max_total in [0, ", mask.numel(),
                "], got ", max_total);
-  if (packed) {
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                 "pack_tokens: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_dtype(kOp, "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_contiguous(kOp, "cu_seqlens", *cu_seqlens);
-    check_same_device(kOp, "mask", mask, "cu_seqlens", *cu_seqlens);
-  }
+  if (packed) check_cu_seqlens(kOp, *cu_seqlens, "mask", mask);
   PackTokensArgs args{};
   args.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
   args.cu_seqlens = data_or_null<int32_t>(cu_seqlens);

@@ -35,11 +35,7 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   const int64_t num_tokens = x.size(lead - 1);
   if (packed) {
     check_shape("prune_topk", "score", score, {num_tokens}, "[total_tokens]");
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                 "prune_topk: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_dtype("prune_topk", "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_contiguous("prune_topk", "cu_seqlens", *cu_seqlens);
-    check_same_device("prune_topk", "x", x, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens("prune_topk", *cu_seqlens, "x", x);
     TOKRED_CHECK(max_seqlen >= 0 && max_seqlen <= num_tokens, "prune_topk: expected max_seqlen in [0, ", num_tokens,
                  "], got ", max_seqlen);
   } else {
