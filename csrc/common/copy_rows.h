@@ -65,16 +65,21 @@ void copy_wide_rows(char* dst, int64_t row_bytes, int64_t begin, int64_t end, co
   }
 }
 
-// The same for a width known here: position ids, masks, scores. A row costs a cache miss and nothing
-// else, so the loop only has to run ahead of the misses.
+// The same for a width known here: position ids, masks, scores. A row costs a cache miss and nothing else, so the
+// misses of some rows are begun before the first of them is waited for.
 template <int kBytes, typename RowAt>
 void copy_small_rows(char* dst, int64_t begin, int64_t end, const RowAt& row_at) {
-  constexpr int64_t kAhead = 32;
-  for (int64_t i = begin; i < end; ++i, dst += kBytes) {
-    const char* next = row_at(i + kAhead < end ? i + kAhead : i);
-    const char* row = row_at(i);
-    if (next) __builtin_prefetch(next);
-    copy_row(dst, row, kBytes);
+  constexpr int64_t kAtOnce = 32;
+  while (begin < end) {
+    const char* rows[kAtOnce];
+    const int64_t n = end - begin < kAtOnce ? end - begin : kAtOnce;
+    for (int64_t r = 0; r < n; ++r) {
+      rows[r] = row_at(begin + r);
+      if (rows[r]) __builtin_prefetch(rows[r]);
+    }
+    for (int64_t r = 0; r < n; ++r) copy_row(dst + r * kBytes, rows[r], kBytes);
+    dst += n * kBytes;
+    begin += n;
   }
 }
 

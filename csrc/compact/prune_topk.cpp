@@ -26,7 +26,8 @@ const uint8_t* check_mask(const char* name, const OptTensor& mask, const Tensor&
 }
 
 Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
-             const OptTensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& others, bool strict) {
+             const OptTensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& others, int64_t keep_first,
+             int64_t keep_last, bool strict) {
   const bool packed = cu_seqlens.has_value();
   const int64_t lead = packed ? 1 : 2;
   TOKRED_CHECK(x.dim() == lead + 1, "prune_topk: expected x of shape ",
@@ -52,6 +53,8 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
     TOKRED_CHECK(k >= 0, "prune_topk: expected k >= 0, got ", k);
     check_int32_range("prune_topk", "k", k);
   }
+  TOKRED_CHECK(keep_first >= 0, "prune_topk: expected keep_first >= 0, got ", keep_first);
+  TOKRED_CHECK(keep_last >= 0, "prune_topk: expected keep_last >= 0, got ", keep_last);
   TOKRED_CHECK(static_cast<int>(others.size()) < kPruneTopkMaxTensors, "prune_topk: expected at most ",
                kPruneTopkMaxTensors - 1, " companions in others, got ", others.size());
   const uint8_t* keep = check_mask("keep_mask", keep_mask, score);
@@ -89,6 +92,8 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   rows.num_tokens = num_tokens;
   rows.max_seqlen = packed ? max_seqlen : num_tokens;
   rows.k = k;
+  rows.keep_first = keep_first;
+  rows.keep_last = keep_last;
   if (!packed) {
     rows.score_stride.batch = score.stride(0);
     rows.keep_stride.batch = rows.drop_stride.batch = num_tokens;
@@ -115,7 +120,7 @@ void run_cpu(const PruneTopkArgs& args, const Tensor&) { prune_topk_cpu(args); }
 template <Run run>
 std::tuple<Tensor, Tensor> plain(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask,
                                  const OptTensor& drop_mask) {
-  Call call = prepare(x, score, k, keep_mask, drop_mask, std::nullopt, 0, {}, /*strict=*/true);
+  Call call = prepare(x, score, k, keep_mask, drop_mask, std::nullopt, 0, {}, 0, 0, /*strict=*/true);
   run(call.args, x);
   return {call.kept[0], call.kept_idx};
 }
@@ -124,9 +129,11 @@ template <Run run>
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(const Tensor& x, const Tensor& score, int64_t k,
                                                                const OptTensor& keep_mask, const OptTensor& drop_mask,
                                                                const OptTensor& cu_seqlens, int64_t max_seqlen,
-                                                               const std::optional<std::vector<Tensor>>& others) {
-  Call call = prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen,
-                      others ? *others : std::vector<Tensor>{}, /*strict=*/!cu_seqlens.has_value());
+                                                               const std::optional<std::vector<Tensor>>& others,
+                                                               int64_t keep_first, int64_t keep_last) {
+  Call call =
+      prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen, others ? *others : std::vector<Tensor>{},
+              keep_first, keep_last, /*strict=*/!cu_seqlens.has_value());
   Tensor num_kept = new_empty(x, {call.args.rows.num_rows}, ScalarType::Int);
   call.args.rows.num_kept = static_cast<int32_t*>(num_kept.mutable_data_ptr());
   run(call.args, x);
@@ -156,7 +163,7 @@ TOKRED_SCHEMA(m) {
       " -> (Tensor x_kept, Tensor kept_idx)");
   m.def(
       "prune_topk.packed(Tensor x, Tensor score, SymInt k, Tensor? keep_mask=None, Tensor? drop_mask=None,"
-      " Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor[]? others=None)"
+      " Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor[]? others=None, SymInt keep_first=0, SymInt keep_last=0)"
       " -> (Tensor x_kept, Tensor kept_idx, Tensor num_kept, Tensor[] others_kept)");
 }
 TOKRED_IMPL_CPU(m) {

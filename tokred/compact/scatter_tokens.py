@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred import _op
+from tokred.compact.gather_tokens import token_dims
 
 
 def scatter_tokens(
@@ -60,24 +61,14 @@ def scatter_tokens(
         >>> tokred.scatter_tokens([10 * x_kept], kept_idx, base=[x])[0].flatten().tolist()
         [1.0, 2.0, 3.0, 4.0, 50.0, 60.0]
     """
-    token_dims = _dims(tensors, kept_idx, dims)
+    dims = token_dims(tensors, kept_idx, dims)
     if num_tokens is None:
-        num_tokens = _num_tokens(base, token_dims)
+        num_tokens = _num_tokens(base, dims)
     old = None if base is None else list(base)
     if out is None:
-        return torch.ops.tokred.scatter_tokens.default(
-            list(tensors), kept_idx, token_dims, num_tokens, old, alpha, beta
-        )[0]
-    torch.ops.tokred.scatter_tokens.out(
-        list(tensors), kept_idx, token_dims, num_tokens, old, alpha, beta, out=list(out)
-    )
+        return torch.ops.tokred.scatter_tokens.default(list(tensors), kept_idx, dims, num_tokens, old, alpha, beta)[0]
+    torch.ops.tokred.scatter_tokens.out(list(tensors), kept_idx, dims, num_tokens, old, alpha, beta, out=list(out))
     return list(out)
-
-
-def _dims(tensors: Sequence[Tensor], kept_idx: Tensor, dims: int | Sequence[int] | None) -> list[int]:
-    if dims is None:
-        dims = kept_idx.dim() - 1
-    return [dims] * len(tensors) if isinstance(dims, int) else list(dims)
 
 
 def _num_tokens(base: Sequence[Tensor] | None, dims: list[int]) -> int:
@@ -98,14 +89,14 @@ def reference(
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Define scatter_tokens in plain PyTorch; tests and benchmarks measure against this."""
-    token_dims = _dims(tensors, kept_idx, dims)
-    count = _num_tokens(base, token_dims) if num_tokens is None else num_tokens
+    dims = token_dims(tensors, kept_idx, dims)
+    count = _num_tokens(base, dims) if num_tokens is None else num_tokens
     valid = (kept_idx >= 0) & (kept_idx < count)
     places = torch.where(valid, kept_idx, count).long()  # the others share a place behind the last token
     order = torch.arange(kept_idx.shape[-1], device=kept_idx.device).expand_as(places)
     slots = order.new_full((*kept_idx.shape[:-1], count + 1), -1).scatter_reduce(-1, places, order, "amax")[..., :count]
     restored = []
-    for i, (x, dim) in enumerate(zip(tensors, token_dims)):
+    for i, (x, dim) in enumerate(zip(tensors, dims)):
         slot = slots if dim == slots.dim() - 1 else slots[:, None].expand(-1, x.shape[1], -1)
         slot = slot.reshape(*slot.shape, *(1,) * (x.dim() - dim - 1))
         shape = (*x.shape[:dim], count, *x.shape[dim + 1 :])
@@ -205,11 +196,11 @@ def floor(
     out: Sequence[Tensor] | None = None,
 ) -> _op.Floor:
     """Lists and kept rows read, outputs written, of the base what is not replaced; as if each slot named another token."""
-    token_dims = _dims(tensors, kept_idx, dims)
-    count = _num_tokens(base, token_dims) if num_tokens is None else num_tokens
+    dims = token_dims(tensors, kept_idx, dims)
+    count = _num_tokens(base, dims) if num_tokens is None else num_tokens
     k = min(kept_idx.shape[-1], count)
     moved = 0
-    for t, dim in zip(tensors, token_dims):
+    for t, dim in zip(tensors, dims):
         per_slot = t.nbytes // max(t.shape[dim], 1)
         from_base = 0 if base is None else count if beta else count - k
         moved += per_slot * (k + count + from_base)
