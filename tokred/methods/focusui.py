@@ -71,11 +71,9 @@ def focusui(
     """
     longest = score.shape[-1] if max_seqlen is None else max_seqlen
     kept_idx, _ = tokred.select_topk(score, keep, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, return_num_kept=True)
-    shape = kept_idx.shape if cu_seqlens is None else (1, kept_idx.numel())
-    rows = kept_idx if cu_seqlens is None else torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None])
-    ones = torch.ones(shape, dtype=torch.bool, device=x.device)
-    mask = tokred.scatter_tokens([ones], rows.reshape(shape), num_tokens=score.shape[-1])[0].reshape(score.shape)
-    stays, is_marker, _ = tokred.run_markers(mask, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:  # one list of rows
+        kept_idx = torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None]).flatten()
+    stays, is_marker, _ = tokred.run_markers(tokred.list_to_mask(kept_idx, score.shape[-1]), cu_seqlens=cu_seqlens)
     x_kept, final_idx, num_kept, others = tokred.prune_topk(
         x, score, min(2 * keep + 1, longest), drop_mask=~stays, others=[is_marker], cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, return_num_kept=True,
