@@ -79,4 +79,4 @@ def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sa
     """Return small calls for doctor, opcheck and smoke tests; there is nothing of ``dtype`` in them."""
     keep = _op.seeded(device)(3, 40) > 0.5
     cu_seqlens = torch.tensor([0, 33, 33, 120], dtype=torch.int32, device=device)
-    return [((keep,), {}), ((keep.flatten(),), {"cu_seqlens": cu_seqlens})]
+    return [((keep.flatten(),), {"cu_seqlens": cu_seqlens}), ((keep,), {})]
