@@ -31,4 +31,5 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             make=partial(make, device=device, shape=shape, share=0.3),
             run={"tokred": tokred.run_markers, "eager": aten},
             core=device == "cuda" and shape[0] == 1,
+            note="on CUDA what a launch costs",
         )

@@ -83,4 +83,5 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 call=lambda x, kept_idx, num_tokens: (([x], kept_idx), {"num_tokens": num_tokens}),
                 tolerance=(0, 0),
                 core=cuda and dtype == torch.bfloat16,
+                note="on CUDA a launch that turns the lists around comes first; expected 42 us in bfloat16 at 4.3 TB/s",
             )

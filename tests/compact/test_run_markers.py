@@ -71,6 +71,11 @@ def test_bad_offsets_write_nothing_out_of_bounds(device):
     keep = torch.zeros(30, dtype=torch.bool, device=device)
     cu_seqlens = torch.tensor([0, -5, 2**30, 2**30, 5], dtype=torch.int32, device=device)
     assert tokred.run_markers(keep, cu_seqlens=cu_seqlens)[2].tolist() == [0, 1, 0, 0]
+    # What no sequence holds is written all the same.
+    few = torch.tensor([0, 10], dtype=torch.int32, device=device)
+    for _ in range(5):
+        kept_or_marker, marker, num_runs = tokred.run_markers(~keep, cu_seqlens=few)
+        assert kept_or_marker.all() and not marker.any() and num_runs.tolist() == [0]
 
 
 def test_views_and_empty(device):
