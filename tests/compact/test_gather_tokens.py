@@ -132,6 +132,9 @@ def test_axes_first(device):
         out = check([hidden, axes, cos], kept_idx, dims=[1, -2, -2], **options)
         for axis in range(3):
             assert_close(out[1][axis], reference([axes[axis]], kept_idx, **options)[0])
+    out = [torch.empty(2, 3, 9, 8, device=device).transpose(0, 1)]
+    tokred.gather_tokens([cos], kept_idx, dims=-2, out=out)
+    assert_close(out, reference([cos], kept_idx, dims=-2), rtol=0, atol=0)
     cos = cos.requires_grad_()
     tokred.gather_tokens([cos], kept_idx, dims=-2)[0].sum().backward()
     counts = torch.stack([(kept_idx == token).sum(1) for token in range(21)], 1).float()

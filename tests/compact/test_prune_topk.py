@@ -350,6 +350,7 @@ ERRORS = {
     ),
     "expected keep_first >= 0, got -1": lambda x, s: tokred.prune_topk(x, s, 2, keep_first=-1),
     "expected keep_last >= 0, got -3": lambda x, s: tokred.prune_topk(x, s, 2, keep_last=-3),
+    "expected position_ids with renumber, got none": lambda x, s: tokred.prune_topk(x, s, 2, renumber=True),
     "expected position_ids of shape [batch_size, num_tokens] = [2, 6], or with axes before it, got [6]": (
         lambda x, s: tokred.prune_topk(x, s, 2, position_ids=s[0])
     ),

@@ -36,7 +36,8 @@ def gather_tokens(
         keep_first: So many tokens at the start of each sequence are kept in front of the listed ones: a system prompt. Ids
             count from the first token behind them.
         keep_last: So many at the end, behind the listed ones: the text after an image. An id that reaches them is outside.
-        out: Contiguous tensors to write to, for example the buffers of a captured graph; not differentiable.
+        out: Contiguous tensors to write to, for example the buffers of a captured graph; not differentiable. With
+            axes first it is the transpose of a contiguous tensor that is written to.
 
     Returns:
         The gathered tensors, with ``keep_first + k + keep_last`` in place of ``num_tokens``; ``out`` itself when given.
@@ -51,22 +52,25 @@ def gather_tokens(
         [[4, 0, 0]]
     """
     dims = token_dims(tensors, kept_idx, dims)
-    axes_first = [dim == -2 for dim in dims]
-
-    def swap(items: Sequence[Tensor]) -> list[Tensor]:
-        return [t.transpose(0, 1) if swapped and t.dim() > 1 else t for t, swapped in zip(items, axes_first)]
-
-    if any(axes_first):
-        tensors, dims = swap(tensors), [2 if swapped else dim for dim, swapped in zip(dims, axes_first)]
+    if -2 in dims:
+        by_batch = [2 if dim == -2 else dim for dim in dims]
+        into = None if out is None else _swap_axes(out, dims)
+        gathered = gather_tokens(
+            _swap_axes(tensors, dims), kept_idx, dims=by_batch, keep_first=keep_first, keep_last=keep_last, out=into
+        )
+        return _swap_axes(gathered, dims) if out is None else list(out)
     if out is not None:
-        into = swap(out) if len(out) == len(axes_first) else list(out)
-        torch.ops.tokred.gather_tokens.out(list(tensors), kept_idx, dims, keep_first, keep_last, out=into)
+        torch.ops.tokred.gather_tokens.out(list(tensors), kept_idx, dims, keep_first, keep_last, out=list(out))
         return list(out)
     if keep_first or keep_last:
-        gathered = torch.ops.tokred.gather_tokens.spans(list(tensors), kept_idx, dims, keep_first, keep_last)
-    else:
-        gathered = torch.ops.tokred.gather_tokens.default(list(tensors), kept_idx, dims)
-    return swap(gathered) if any(axes_first) else gathered
+        return torch.ops.tokred.gather_tokens.spans(list(tensors), kept_idx, dims, keep_first, keep_last)
+    return torch.ops.tokred.gather_tokens.default(list(tensors), kept_idx, dims)
+
+
+def _swap_axes(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Exchange axes and batch of those that have the axes first."""
+    axes_first = [dim == -2 for dim in dims] + [False] * len(tensors)
+    return [t.transpose(0, 1) if first and t.dim() > 1 else t for t, first in zip(tensors, axes_first)]
 
 
 def token_dims(tensors: Sequence[Tensor], kept_idx: Tensor, dims: int | Sequence[int] | None) -> list[int]:

@@ -76,10 +76,12 @@ def prune_topk(
         [[1, 3], [0, 1]]
     """
     spans = keep_first or keep_last
-    if cu_seqlens is None and others is None and position_ids is None and not (return_num_kept or spans):
+    if cu_seqlens is None and others is None and position_ids is None and not (return_num_kept or spans or renumber):
         return torch.ops.tokred.prune_topk.default(x, score, k, keep_mask, drop_mask)
     if max_seqlen is None:
         max_seqlen = x.shape[0] if cu_seqlens is not None else 0
+    if renumber and position_ids is None:
+        raise RuntimeError("prune_topk: expected position_ids with renumber, got none")
     axes = [] if position_ids is None or renumber else _axes(position_ids, score)
     companions = None if others is None and not axes else [*(others or ()), *axes]
     x_kept, kept_idx, num_kept, kept = torch.ops.tokred.prune_topk.packed(
