@@ -15,11 +15,10 @@ from tokred import _registry
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in _registry.ops()])
-def test_docstring_example(op):
-    test = doctest.DocTestParser().get_doctest(
-        op.function.__doc__, {"torch": torch, "tokred": tokred}, op.name, None, 0
-    )
+@pytest.mark.parametrize("name", [*(op.name for op in _registry.ops()), *_registry.composites()])
+def test_docstring_example(name):
+    text = getattr(tokred, name).__doc__
+    test = doctest.DocTestParser().get_doctest(text, {"torch": torch, "tokred": tokred}, name, None, 0)
     assert test.examples
     results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
     assert results.failed == 0

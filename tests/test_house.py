@@ -48,6 +48,19 @@ def test_op_is_whole(op):
         assert "->" in op.schemas[overload]
 
 
+@pytest.mark.parametrize("name", _registry.composites())
+def test_composite_is_whole(name):
+    module = _registry.composites()[name]
+    family = module.__name__.split(".")[1]
+    assert (ROOT / "tests" / family / f"test_{name}.py").exists()
+    assert not list((ROOT / "csrc" / family).glob(f"{name}*"))
+    assert getattr(tokred, name) is getattr(module, name)
+    text = inspect.getdoc(getattr(module, name))
+    for word in ("Args:", "Returns:", "eterministic", "Example:", "omposite"):
+        assert word in text, f"{name}: its docstring lacks {word!r}"
+    assert re.search(r"ifferentiable|gradient", text), f"{name}: its docstring does not speak of gradients"
+
+
 def has_fake(op, overload):
     from torch._library.simple_registry import singleton
 

@@ -99,6 +99,15 @@ def fold_vmap(name: str, shared: Sequence[int] = (), absent: Sequence[int] = ())
     torch.library.register_vmap(f"tokred::{name}", rule)
 
 
+def no_vmap(name: str, why: str) -> None:
+    """Make vmap over ``tokred::name`` an error that says why."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        raise RuntimeError(f"{name}: {why} and cannot be mapped by vmap")
+
+    torch.library.register_vmap(f"tokred::{name}", rule)
+
+
 def seeded(device: torch.device | str) -> Callable[..., Tensor]:
     """Return a ``randn`` of a fixed seed, drawn on the CPU so that every device sees the same numbers."""
     generator = torch.Generator().manual_seed(0)

@@ -69,6 +69,17 @@ def ops() -> list[Op]:
     return found
 
 
+def composites() -> dict[str, ModuleType]:
+    """Return the modules of public functions that are made of ops and have no kernel, by name."""
+    known = {o.name for o in ops()}
+    return {
+        name: importlib.import_module(f"tokred.{family}.{name}")
+        for family, modules in families().items()
+        for name in modules
+        if name not in known
+    }
+
+
 def op(name: str) -> Op:
     """Return one op by name."""
     found = {o.name: o for o in ops()}

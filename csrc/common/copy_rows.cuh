@@ -15,8 +15,13 @@ constexpr int kCopyUnroll = 4;                          // loads in flight per t
 constexpr int kCopyBlocksPerSm = 4;                     // 64 registers; 64 KiB in flight per SM
 constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;  // units
 
-inline int64_t copy_units(const RowTensor& t, int64_t rows) { return rows * (t.row_bytes / copy_width(t)); }
-inline int64_t copy_chunks(const RowTensor& t, int64_t rows) {
+// T is RowTensor, or adds to it what else decides copy_width.
+template <typename T>
+int64_t copy_units(const T& t, int64_t rows) {
+  return rows * (t.row_bytes / copy_width(t));
+}
+template <typename T>
+int64_t copy_chunks(const T& t, int64_t rows) {
   return ceil_div<int64_t>(copy_units(t, rows), kCopyChunk);
 }
 
@@ -58,10 +63,35 @@ inline bool copy_fits(const RowTensor& t, int64_t batch_size, int64_t slots) {
   return batch_size <= INT32_MAX && t.num_heads <= INT32_MAX && slots <= INT32_MAX;
 }
 
-// Moves units [first, last) of t; source(batch, head, slot) is as in gather_rows. Every thread of the block calls it.
-template <int kBytes, typename Source>
+// Where a unit of the output comes from is the business of Rows:
+//   Row find(batch, head, slot, byte, inside)  reads ids. Past the end inside is false and the place is the first slot,
+//                                              which is there: no branch comes between the loads.
+//   Word load<kBytes>(Row)                     the unit, or zeros.
+// These are the rows that source(batch, head, slot) names, as in gather_rows.
+template <typename Source>
+struct GatheredRows {
+  const RowTensor& t;
+  const Source& source;
+
+  struct Row {
+    const char* from;
+    int64_t token;
+  };
+  __device__ Row find(int64_t batch, int64_t head, int64_t slot, int64_t byte, bool inside) const {
+    const int64_t token = source(inside ? batch : 0, inside ? head : 0, inside ? slot : 0);
+    return {t.src + batch * t.src_batch + head * t.src_head + byte, inside ? token : -1};
+  }
+  template <int kBytes>
+  __device__ typename detail::Word<kBytes>::type load(const Row& row) const {
+    using Word = typename detail::Word<kBytes>::type;
+    return row.token >= 0 ? __ldg(reinterpret_cast<const Word*>(row.from + row.token * t.src_token)) : Word{};
+  }
+};
+
+// Writes units [first, last) of t's output. Every thread of the block calls it.
+template <int kBytes, typename Rows>
 __device__ inline void copy_unit_range(const RowTensor& t, int64_t slots, int64_t first, int64_t last,
-                                       const Source& source) {
+                                       const Rows& rows) {
   using Word = typename detail::Word<kBytes>::type;
   const int step = num_threads_in_block();
   int64_t unit = first + thread_rank();
@@ -70,23 +100,15 @@ __device__ inline void copy_unit_range(const RowTensor& t, int64_t slots, int64_
   const UnitPlace stride = sizes.place(static_cast<uint32_t>(step));
   UnitPlace at = sizes.place(static_cast<uint64_t>(unit));
   for (; unit < last; unit += int64_t{step} * kCopyUnroll) {
-    int64_t token[kCopyUnroll];
-    const char* from[kCopyUnroll];
+    typename Rows::Row row[kCopyUnroll];
 #pragma unroll
     for (int i = 0; i < kCopyUnroll; ++i) {  // all ids, then all rows: each kind is in flight together
-      const bool inside = unit + int64_t{i} * step < last;
-      // Past the end, the id of the first slot is read, which is there: no branch comes between the loads.
-      token[i] = source(inside ? at.batch : 0, inside ? at.head : 0, inside ? at.slot : 0);
-      token[i] = inside ? token[i] : -1;
-      from[i] = t.src + at.batch * t.src_batch + at.head * t.src_head + at.column * kBytes;
+      row[i] = rows.find(at.batch, at.head, at.slot, at.column * kBytes, unit + int64_t{i} * step < last);
       sizes.advance(at, stride);
     }
     Word word[kCopyUnroll];
 #pragma unroll
-    for (int i = 0; i < kCopyUnroll; ++i) {
-      word[i] = Word{};
-      if (token[i] >= 0) word[i] = __ldg(reinterpret_cast<const Word*>(from[i] + token[i] * t.src_token));
-    }
+    for (int i = 0; i < kCopyUnroll; ++i) word[i] = rows.template load<kBytes>(row[i]);
 #pragma unroll
     for (int i = 0; i < kCopyUnroll; ++i) {
       const int64_t to = unit + int64_t{i} * step;
@@ -95,21 +117,27 @@ __device__ inline void copy_unit_range(const RowTensor& t, int64_t slots, int64_
   }
 }
 
+template <typename Rows>
+__device__ inline void copy_rows_range(const RowTensor& t, int width, int64_t slots, int64_t first, int64_t last,
+                                       const Rows& rows) {
+  switch (width) {
+    case 16:
+      return copy_unit_range<16>(t, slots, first, last, rows);
+    case 8:
+      return copy_unit_range<8>(t, slots, first, last, rows);
+    case 4:
+      return copy_unit_range<4>(t, slots, first, last, rows);
+    case 2:
+      return copy_unit_range<2>(t, slots, first, last, rows);
+    default:
+      return copy_unit_range<1>(t, slots, first, last, rows);
+  }
+}
+
 template <typename Source>
 __device__ inline void copy_range(const RowTensor& t, int width, int64_t slots, int64_t first, int64_t last,
                                   const Source& source) {
-  switch (width) {
-    case 16:
-      return copy_unit_range<16>(t, slots, first, last, source);
-    case 8:
-      return copy_unit_range<8>(t, slots, first, last, source);
-    case 4:
-      return copy_unit_range<4>(t, slots, first, last, source);
-    case 2:
-      return copy_unit_range<2>(t, slots, first, last, source);
-    default:
-      return copy_unit_range<1>(t, slots, first, last, source);
-  }
+  copy_rows_range(t, width, slots, first, last, GatheredRows<Source>{t, source});
 }
 
 // Which tensor and which of its chunks a block of a launch over several tensors works on.
@@ -121,8 +149,8 @@ struct CopyPlan {
   bool fits;  // else there is no launch for these sizes
 };
 
-template <int kMaxTensors>
-CopyPlan<kMaxTensors> plan_copy(const RowTensor* tensors, int num_tensors, int64_t batch_size, int64_t slots) {
+template <int kMaxTensors, typename T>
+CopyPlan<kMaxTensors> plan_copy(const T* tensors, int num_tensors, int64_t batch_size, int64_t slots) {
   CopyPlan<kMaxTensors> plan{};
   plan.num_tensors = num_tensors;
   plan.fits = true;
@@ -135,18 +163,25 @@ CopyPlan<kMaxTensors> plan_copy(const RowTensor* tensors, int num_tensors, int64
   return plan;
 }
 
+// Calls body(tensor, width, first, last) for the units of chunk number chunk_idx of the plan.
+template <int kMaxTensors, typename T, typename Body>
+__device__ inline void visit_chunk(const CopyPlan<kMaxTensors>& plan, const T* tensors, int64_t batch_size,
+                                   int64_t slots, int64_t chunk_idx, const Body& body) {
+  int t = 0;
+  while (t + 1 < plan.num_tensors && plan.first_chunk[t + 1] <= chunk_idx) ++t;
+  const int64_t units = batch_size * tensors[t].num_heads * slots * (tensors[t].row_bytes / plan.width[t]);
+  const int64_t first = (chunk_idx - plan.first_chunk[t]) * kCopyChunk;
+  body(t, plan.width[t], first, min(first + kCopyChunk, units));
+}
+
 // Copies chunk number chunk_idx of the plan. source(tensor, batch, head, slot) is as in gather_rows.
 template <int kMaxTensors, typename Source>
 __device__ inline void copy_chunk(const CopyPlan<kMaxTensors>& plan, const RowTensor* tensors, int64_t batch_size,
                                   int64_t slots, int64_t chunk_idx, const Source& source) {
-  int t = 0;
-  while (t + 1 < plan.num_tensors && plan.first_chunk[t + 1] <= chunk_idx) ++t;
-  const RowTensor& tensor = tensors[t];
-  const int64_t units = batch_size * tensor.num_heads * slots * (tensor.row_bytes / plan.width[t]);
-  const int64_t first = (chunk_idx - plan.first_chunk[t]) * kCopyChunk;
-  const int64_t last = min(first + kCopyChunk, units);
-  copy_range(tensor, plan.width[t], slots, first, last,
-             [&](int64_t batch, int64_t head, int64_t slot) -> int64_t { return source(t, batch, head, slot); });
+  visit_chunk(plan, tensors, batch_size, slots, chunk_idx, [&](int t, int width, int64_t first, int64_t last) {
+    copy_range(tensors[t], width, slots, first, last,
+               [&](int64_t batch, int64_t head, int64_t slot) -> int64_t { return source(t, batch, head, slot); });
+  });
 }
 
 }  // namespace tokred

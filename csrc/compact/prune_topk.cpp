@@ -3,6 +3,7 @@
 #include "compact/prune_topk.h"
 
 #include "torch/glue.h"
+#include "torch/glue_rows.h"
 
 namespace tokred {
 namespace {
@@ -24,27 +25,9 @@ const uint8_t* check_mask(const char* name, const OptTensor& mask, const Tensor&
   return static_cast<const uint8_t*>(mask->const_data_ptr());
 }
 
-// x and companions share this: [batch_size, num_tokens, ...] or, packed, [num_tokens, ...], rows contiguous.
-RowTensor row_tensor(const std::string& name, const Tensor& x, bool packed, const Tensor& kept) {
-  const int64_t lead = packed ? 1 : 2;
-  int64_t expected = 1;
-  for (int64_t d = x.dim() - 1; d >= lead; --d) {
-    TOKRED_CHECK(x.size(d) == 1 || x.stride(d) == expected || x.numel() == 0, "prune_topk: expected ", name,
-                 " contiguous after its token dimension, got strides ", strides_of(x));
-    expected *= x.size(d);
-  }
-  RowTensor t;
-  const int64_t bytes = static_cast<int64_t>(x.element_size());
-  t.src = static_cast<const char*>(x.const_data_ptr());
-  t.dst = static_cast<char*>(kept.mutable_data_ptr());
-  t.row_bytes = expected * bytes;
-  t.src_batch = packed ? 0 : x.stride(0) * bytes;
-  t.src_token = x.stride(lead - 1) * bytes;
-  return t;
-}
-
 Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask, const OptTensor& drop_mask,
-             const OptTensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& others, bool strict) {
+             const OptTensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& others, int64_t keep_first,
+             int64_t keep_last, bool strict) {
   const bool packed = cu_seqlens.has_value();
   const int64_t lead = packed ? 1 : 2;
   TOKRED_CHECK(x.dim() == lead + 1, "prune_topk: expected x of shape ",
@@ -53,11 +36,7 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   const int64_t num_tokens = x.size(lead - 1);
   if (packed) {
     check_shape("prune_topk", "score", score, {num_tokens}, "[total_tokens]");
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                 "prune_topk: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_dtype("prune_topk", "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_contiguous("prune_topk", "cu_seqlens", *cu_seqlens);
-    check_same_device("prune_topk", "x", x, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens("prune_topk", *cu_seqlens, "x", x);
     TOKRED_CHECK(max_seqlen >= 0 && max_seqlen <= num_tokens, "prune_topk: expected max_seqlen in [0, ", num_tokens,
                  "], got ", max_seqlen);
   } else {
@@ -74,6 +53,8 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
     TOKRED_CHECK(k >= 0, "prune_topk: expected k >= 0, got ", k);
     check_int32_range("prune_topk", "k", k);
   }
+  TOKRED_CHECK(keep_first >= 0, "prune_topk: expected keep_first >= 0, got ", keep_first);
+  TOKRED_CHECK(keep_last >= 0, "prune_topk: expected keep_last >= 0, got ", keep_last);
   TOKRED_CHECK(static_cast<int>(others.size()) < kPruneTopkMaxTensors, "prune_topk: expected at most ",
                kPruneTopkMaxTensors - 1, " companions in others, got ", others.size());
   const uint8_t* keep = check_mask("keep_mask", keep_mask, score);
@@ -95,7 +76,9 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
     std::vector<int64_t> shape{batch_size, k};
     for (int64_t d = lead; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
     call.kept.push_back(new_empty(tensor, shape));
-    call.args.tensors[call.args.num_tensors++] = row_tensor(name, tensor, packed, call.kept.back());
+    RowTensor& companion = call.args.tensors[call.args.num_tensors++];
+    companion = check_rows("prune_topk", name, tensor, lead - 1);
+    companion.dst = static_cast<char*>(call.kept.back().mutable_data_ptr());
   }
   TopkRows& rows = call.args.rows;
   rows = {};
@@ -109,6 +92,8 @@ Call prepare(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& k
   rows.num_tokens = num_tokens;
   rows.max_seqlen = packed ? max_seqlen : num_tokens;
   rows.k = k;
+  rows.keep_first = keep_first;
+  rows.keep_last = keep_last;
   if (!packed) {
     rows.score_stride.batch = score.stride(0);
     rows.keep_stride.batch = rows.drop_stride.batch = num_tokens;
@@ -135,7 +120,7 @@ void run_cpu(const PruneTopkArgs& args, const Tensor&) { prune_topk_cpu(args); }
 template <Run run>
 std::tuple<Tensor, Tensor> plain(const Tensor& x, const Tensor& score, int64_t k, const OptTensor& keep_mask,
                                  const OptTensor& drop_mask) {
-  Call call = prepare(x, score, k, keep_mask, drop_mask, std::nullopt, 0, {}, /*strict=*/true);
+  Call call = prepare(x, score, k, keep_mask, drop_mask, std::nullopt, 0, {}, 0, 0, /*strict=*/true);
   run(call.args, x);
   return {call.kept[0], call.kept_idx};
 }
@@ -144,9 +129,11 @@ template <Run run>
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> packed(const Tensor& x, const Tensor& score, int64_t k,
                                                                const OptTensor& keep_mask, const OptTensor& drop_mask,
                                                                const OptTensor& cu_seqlens, int64_t max_seqlen,
-                                                               const std::optional<std::vector<Tensor>>& others) {
-  Call call = prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen,
-                      others ? *others : std::vector<Tensor>{}, /*strict=*/!cu_seqlens.has_value());
+                                                               const std::optional<std::vector<Tensor>>& others,
+                                                               int64_t keep_first, int64_t keep_last) {
+  Call call =
+      prepare(x, score, k, keep_mask, drop_mask, cu_seqlens, max_seqlen, others ? *others : std::vector<Tensor>{},
+              keep_first, keep_last, /*strict=*/!cu_seqlens.has_value());
   Tensor num_kept = new_empty(x, {call.args.rows.num_rows}, ScalarType::Int);
   call.args.rows.num_kept = static_cast<int32_t*>(num_kept.mutable_data_ptr());
   run(call.args, x);
@@ -176,7 +163,7 @@ TOKRED_SCHEMA(m) {
       " -> (Tensor x_kept, Tensor kept_idx)");
   m.def(
       "prune_topk.packed(Tensor x, Tensor score, SymInt k, Tensor? keep_mask=None, Tensor? drop_mask=None,"
-      " Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor[]? others=None)"
+      " Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor[]? others=None, SymInt keep_first=0, SymInt keep_last=0)"
       " -> (Tensor x_kept, Tensor kept_idx, Tensor num_kept, Tensor[] others_kept)");
 }
 TOKRED_IMPL_CPU(m) {

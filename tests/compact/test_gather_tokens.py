@@ -23,6 +23,9 @@ def test_floor_by_hand():
     kv, per_head = [meta(1, 8, 32768, 128)] * 2, meta(1, 8, 4096, dtype=torch.int64)
     assert floor(kv, per_head) == (8 * 4096 * 8 + 2 * 2 * 8 * 4096 * 256, 0)
     assert floor([hidden, kv[0]], kept_idx, dims=[1, 2]) == (320 * 8 + 2 * 320 * (8192 + 8 * 256), 0)
+    axes = meta(3, 1, 2880, dtype=torch.int64)
+    spans = {"keep_first": 35, "keep_last": 53}
+    assert floor([hidden, axes], kept_idx, dims=[1, -2], **spans) == (320 * 8 + 2 * 408 * (8192 + 3 * 8), 0)
 
 
 def check(tensors, kept_idx, **options):
@@ -103,6 +106,41 @@ def test_offsets_beyond_2_31(device):
     check([heads], torch.tensor([[[2, 0], [1, 1]]], device=device))
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 0), (0, 4), (5, 7), (21, 0), (10, 11)])
+def test_spans(device, first, last):
+    """Both ends are kept; ids count from the first token behind keep_first and may not reach keep_last."""
+    kept_idx = ids(2, 9, high=21 - first - last, device=device)
+    options = {"keep_first": first, "keep_last": last}
+    hidden, positions = torch.randn(2, 21, 48, device=device), torch.arange(42, device=device).reshape(2, 21)
+    kv = torch.randn(2, 21, 4, 16, device=device).transpose(1, 2)
+    out = check([hidden, positions, kv], kept_idx, dims=[1, 1, 2], **options)
+    assert_close(out[0][:, :first], hidden[:, :first], rtol=0, atol=0)
+    assert_close(out[0][:, first + 9 :], hidden[:, 21 - last :], rtol=0, atol=0)
+    listed = torch.where((kept_idx >= 0) & (kept_idx < 21 - first - last), kept_idx + first, -1)
+    assert_close(out[0][:, first : first + 9], reference([hidden], listed)[0], rtol=0, atol=0)
+    check([kv, kv], ids(2, 4, 5, high=21 - first - last, device=device), **options)
+    check([hidden, hidden[:, :20, :8].repeat(1, 2, 1)], kept_idx, **options)  # each tensor ends where it ends
+    check([hidden], kept_idx[:, :0], **options)
+
+
+def test_axes_first(device):
+    """Position ids of three axes and their cos and sin, as M-RoPE has them."""
+    kept_idx = ids(2, 9, high=21, device=device)
+    axes, cos = torch.randint(99, (3, 2, 21)).to(device), torch.randn(3, 2, 21, 8, device=device)
+    hidden = torch.randn(2, 21, 4, device=device)
+    for options in ({}, {"keep_first": 2, "keep_last": 1}):
+        out = check([hidden, axes, cos], kept_idx, dims=[1, -2, -2], **options)
+        for axis in range(3):
+            assert_close(out[1][axis], reference([axes[axis]], kept_idx, **options)[0])
+    out = [torch.empty(2, 3, 9, 8, device=device).transpose(0, 1)]
+    tokred.gather_tokens([cos], kept_idx, dims=-2, out=out)
+    assert_close(out, reference([cos], kept_idx, dims=-2), rtol=0, atol=0)
+    cos = cos.requires_grad_()
+    tokred.gather_tokens([cos], kept_idx, dims=-2)[0].sum().backward()
+    counts = torch.stack([(kept_idx == token).sum(1) for token in range(21)], 1).float()
+    assert_close(cos.grad, counts[None, :, :, None].expand(3, 2, 21, 8))
+
+
 @given(st.data())
 def test_prune_then_gather_agree(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +156,9 @@ def test_out(device):
     out = [torch.full((2, 5, 4), float("nan"), device=device)]
     assert tokred.gather_tokens([x], kept_idx, out=out)[0] is out[0]
     assert_close(out, reference([x], kept_idx), rtol=0, atol=0)
+    spans = {"keep_first": 2, "keep_last": 1}
+    tokred.gather_tokens([x], kept_idx[:, :2].contiguous(), **spans, out=out)
+    assert_close(out, reference([x], kept_idx[:, :2], **spans), rtol=0, atol=0)
 
 
 def test_gradients_equal_reference(device, dtype):
@@ -131,6 +172,20 @@ def test_gradients_equal_reference(device, dtype):
             positions = torch.zeros(shape[: dim + 1], dtype=torch.int64, device=device)
             out = function([positions, x], lists, dims=dim)[1]
             (out * torch.randn(out.shape).to(device, dtype)).sum().backward()
+            grads.append(x.grad)
+        assert_close(grads[0], grads[1])
+
+
+def test_gradients_with_spans(device):
+    """An end's row has its gradient from the end and from nowhere else."""
+    kept_idx = torch.tensor([[1, 1, -1, 0], [2, 5, 9, 0]], device=device)
+    for shape, dim in (((2, 8, 7), 1), ((2, 3, 8, 7), 2)):
+        grads = []
+        for function in (tokred.gather_tokens, reference):
+            torch.manual_seed(1)
+            x = torch.randn(shape, device=device).requires_grad_()
+            out = function([x], kept_idx, dims=dim, keep_first=3, keep_last=2)[0]
+            (out * torch.randn(out.shape, device=device)).sum().backward()
             grads.append(x.grad)
         assert_close(grads[0], grads[1])
 
@@ -155,6 +210,11 @@ def test_vmap(device):
     mapped = torch.vmap(lambda a: tokred.gather_tokens([a], kept_idx)[0])(x)
     for i in range(2):
         assert_close(mapped[i], tokred.gather_tokens([x[i]], kept_idx)[0], rtol=0, atol=0)
+    options = {"dims": -2, "keep_first": 1, "keep_last": 2}
+    axes = torch.randint(99, (2, 4, 3, 9)).to(device)
+    mapped = torch.vmap(lambda a: tokred.gather_tokens([a], kept_idx, **options)[0])(axes)
+    for i in range(2):
+        assert_close(mapped[i], tokred.gather_tokens([axes[i]], kept_idx, **options)[0])
 
 
 X = torch.zeros(2, 6, 4)
@@ -178,6 +238,12 @@ ERRORS = {
     ),
     "expected tensors[0] contiguous after its token dimension, got strides [24, 4, 2]": (
         lambda d: ([X.to(d)[:, :, ::2]], IDX.to(d), {})
+    ),
+    "expected keep_first and keep_last >= 0, got 2 and -1": (
+        lambda d: ([X.to(d)], IDX.to(d), {"keep_first": 2, "keep_last": -1})
+    ),
+    "expected keep_first + keep_last in [0, 5], the tokens of tensors[1], got 3 + 3": (
+        lambda d: ([X.to(d), X[:, :5].to(d)], IDX.to(d), {"keep_first": 3, "keep_last": 3})
     ),
     "expected out[0] of shape of the gathered tensor = [2, 3, 4], got [2, 2, 4]": (
         lambda d: ([X.to(d)], IDX.to(d), {"out": [X[:, :2].clone().to(d)]})

@@ -101,12 +101,52 @@ def test_masks(device, num_tokens):
     check(x, score, num_tokens // 3, keep_mask=keep)
 
 
+@pytest.mark.parametrize("num_tokens", [9, 300, 5003])
+def test_ends_are_kept(device, num_tokens):
+    """A prompt in front, text behind: forced like a mask, and counted towards k."""
+    score = torch.randn(3, num_tokens).round(decimals=1).to(device)
+    x = torch.randn(3, num_tokens, 2, device=device)
+    mask = torch.rand(3, num_tokens).lt(0.1).to(device)
+    for first, last in ((2, 0), (0, 3), (4, 3)):
+        ends = {"keep_first": first, "keep_last": last}
+        for k in (7, max(7, num_tokens // 2)):
+            kept_idx = check(x, score, k, **ends)[1]
+            assert (kept_idx[:, :first] == torch.arange(first, device=device)).all()
+            assert (kept_idx[:, k - last :] == torch.arange(num_tokens - last, num_tokens, device=device)).all()
+        check(x, score, 3, **ends)  # more are forced than kept, once
+    check(x, score, 7, keep_mask=mask, drop_mask=~mask, keep_first=2, keep_last=2, return_num_kept=True)
+    check(x, score, num_tokens, keep_first=num_tokens + 5)
+
+
+@pytest.mark.parametrize("num_axes", [None, 1, 3, 4])
+@pytest.mark.parametrize("renumber", [False, True])
+def test_position_ids(device, num_axes, renumber):
+    lens = [5, 0, 7, 33]
+    cu_seqlens = torch.tensor([0, *lens], device=device).cumsum(0).int()
+    x, score = torch.randn(45, 6, device=device), torch.randn(45, device=device)
+    lead = () if num_axes is None else (num_axes,)
+    ids = torch.randint(99, (*lead, 45)).to(device)
+    options = {"cu_seqlens": cu_seqlens, "position_ids": ids, "renumber": renumber, "keep_first": 1}
+    kept_idx, num_kept, positions = check(x, score, 6, **options)[1:]
+    again = check(x, score, 6, **options, others=[score])[-1]
+    assert_close(again, positions)
+    for b, count in enumerate(num_kept.tolist()):
+        start = int(cu_seqlens[b])
+        kept = torch.arange(count, device=device) if renumber else ids[..., kept_idx[b, :count] + start]
+        assert_close(positions[..., b, :count], kept.to(ids.dtype).expand(*lead, count))
+        assert not positions[..., b, count:].any()
+    dense = {"position_ids": torch.randint(99, (*lead, 3, 15)).to(device).int(), "renumber": renumber}
+    check(x.reshape(3, 15, 6), score.reshape(3, 15), 6, **dense)
+    check(x.reshape(3, 15, 6), score.reshape(3, 15), 0, **dense, others=[])
+
+
 def test_long_rows_with_excluded_tokens(device):
     """A row of several chunks: some without a token that may be kept, one row without any."""
     score = torch.randn(3, 33001).round(decimals=2).to(device)
     drop = torch.rand(3, 33001).lt(0.3)
     drop[0, :17000], drop[1], drop[2, 40:] = True, True, True
     check(torch.randn(3, 33001, 1, device=device), score, 300, drop_mask=drop.to(device), return_num_kept=True)
+    check(torch.randn(3, 33001, 1, device=device)[:1], score[:1], 300, keep_first=20, keep_last=100)
 
 
 def test_as_many_companions_as_there_may_be(device):
@@ -232,6 +272,10 @@ def test_gradients_equal_reference(device, dtype):
             ((out[0] * weight).sum() + (out[-1][0] ** 2).sum()).backward()
             grads.append((x.grad, other.grad))
         assert_close(grads[0], grads[1])
+    for options in ({}, {"others": [score]}):  # trailing arguments that do not have their default value
+        x = torch.randn(2, 15, 4, device=device, requires_grad=True)
+        tokred.prune_topk(x, score, 3, keep_first=3, **options)[0].sum().backward()
+        assert x.grad[..., 0].tolist() == [[1.0] * 3 + [0.0] * 12] * 2
     x = torch.randn(2, 15, 4, device=device, requires_grad=True)
     learned = score.clone().requires_grad_()
     tokred.prune_topk(x, learned, 3)[0].sum().backward()
@@ -243,6 +287,14 @@ def test_vmap(device):
     mapped = torch.vmap(lambda a, s: tokred.prune_topk(a, s, 4), in_dims=(0, 2))(x, score)
     for i in range(3):
         assert_close([m[i] for m in mapped], tokred.prune_topk(x[i], score[..., i].contiguous(), 4), rtol=0, atol=0)
+    ids = torch.arange(66, device=device).reshape(3, 2, 11)  # of the axes; the batch of vmap is that of x
+    mapped = torch.vmap(lambda a: tokred.prune_topk(a, score[..., 0], 4, keep_last=1, position_ids=ids)[2])(x)
+    for i in range(3):
+        expected = tokred.prune_topk(x[i], score[..., 0].contiguous(), 4, keep_last=1, position_ids=ids)[2]
+        assert_close(mapped[i], expected)
+    none = torch.tensor([0, 11], dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="prune_topk: a packed input has no batch dimension"):
+        torch.vmap(lambda a: tokred.prune_topk(a, score[0, :, 0].contiguous(), 4, cu_seqlens=none)[0])(x[:, 0])
 
 
 def test_autocast_leaves_scores_alone(device):
@@ -294,6 +346,17 @@ ERRORS = {
     "expected max_seqlen in [0, 6], got 7": (
         lambda x, s: tokred.prune_topk(
             x[0], s[0], 2, cu_seqlens=torch.tensor([0, 6], device=x.device).int(), max_seqlen=7
+        )
+    ),
+    "expected keep_first >= 0, got -1": lambda x, s: tokred.prune_topk(x, s, 2, keep_first=-1),
+    "expected keep_last >= 0, got -3": lambda x, s: tokred.prune_topk(x, s, 2, keep_last=-3),
+    "expected position_ids with renumber, got none": lambda x, s: tokred.prune_topk(x, s, 2, renumber=True),
+    "expected position_ids of shape [batch_size, num_tokens] = [2, 6], or with axes before it, got [6]": (
+        lambda x, s: tokred.prune_topk(x, s, 2, position_ids=s[0])
+    ),
+    "expected position_ids of shape [total_tokens] = [6], or with axes before it, got [2, 5]": (
+        lambda x, s: tokred.prune_topk(
+            x[0], s[0], 2, cu_seqlens=torch.tensor([0, 6], device=x.device).int(), position_ids=s[:, :5], renumber=True
         )
     ),
     "expected k >= 0, got -2": (

@@ -18,6 +18,8 @@ def gather_tokens(
     kept_idx: Tensor,
     *,
     dims: int | Sequence[int] | None = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Gather the listed tokens of several tensors at once: hidden states, positions, masks, K, V.
@@ -29,11 +31,16 @@ def gather_tokens(
         kept_idx: ``[batch_size, k]``, shared by all heads, or ``[batch_size, num_heads, k]``, a list per head; int64 or
             int32. Ids outside ``[0, num_tokens)``, usually -1, give rows of zeros. Any order, repeats allowed.
         dims: The token dimension of each tensor, 1 or 2, or one for all; by default 1 for shared lists and 2 for lists per
-            head.
-        out: Contiguous tensors to write to, for example the buffers of a captured graph; not differentiable.
+            head. -2 for ``[num_axes, batch_size, num_tokens, ...]``, position ids of several axes with their cos and sin: the
+            result is such a view.
+        keep_first: So many tokens at the start of each sequence are kept in front of the listed ones: a system prompt. Ids
+            count from the first token behind them.
+        keep_last: So many at the end, behind the listed ones: the text after an image. An id that reaches them is outside.
+        out: Contiguous tensors to write to, for example the buffers of a captured graph; not differentiable. With
+            axes first it is the transpose of a contiguous tensor that is written to.
 
     Returns:
-        The gathered tensors, with ``k`` in place of ``num_tokens``; ``out`` itself when given.
+        The gathered tensors, with ``keep_first + k + keep_last`` in place of ``num_tokens``; ``out`` itself when given.
 
     Deterministic; shapes depend on shapes alone. Differentiable in every tensor: the backward adds gradients of repeated
     ids in list order (float32, float16 and bfloat16; by ``torch.scatter_add`` for float64).
@@ -44,13 +51,41 @@ def gather_tokens(
         >>> positions_kept.tolist()
         [[4, 0, 0]]
     """
+    dims = token_dims(tensors, kept_idx, dims)
+    if -2 in dims:
+        by_batch = [2 if dim == -2 else dim for dim in dims]
+        into = None if out is None else _swap_axes(out, dims)
+        gathered = gather_tokens(
+            _swap_axes(tensors, dims), kept_idx, dims=by_batch, keep_first=keep_first, keep_last=keep_last, out=into
+        )
+        return _swap_axes(gathered, dims) if out is None else list(out)
+    if out is not None:
+        torch.ops.tokred.gather_tokens.out(list(tensors), kept_idx, dims, keep_first, keep_last, out=list(out))
+        return list(out)
+    if keep_first or keep_last:
+        return torch.ops.tokred.gather_tokens.spans(list(tensors), kept_idx, dims, keep_first, keep_last)
+    return torch.ops.tokred.gather_tokens.default(list(tensors), kept_idx, dims)
+
+
+def _swap_axes(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Exchange axes and batch of those that have the axes first."""
+    axes_first = [dim == -2 for dim in dims] + [False] * len(tensors)
+    return [t.transpose(0, 1) if first and t.dim() > 1 else t for t, first in zip(tensors, axes_first)]
+
+
+def token_dims(tensors: Sequence[Tensor], kept_idx: Tensor, dims: int | Sequence[int] | None) -> list[int]:
+    """Return the token dimension of each tensor."""
     if dims is None:
         dims = kept_idx.dim() - 1
-    dims = [dims] * len(tensors) if isinstance(dims, int) else list(dims)
-    if out is None:
-        return torch.ops.tokred.gather_tokens.default(list(tensors), kept_idx, dims)
-    torch.ops.tokred.gather_tokens.out(list(tensors), kept_idx, dims, out=list(out))
-    return list(out)
+    return [dims] * len(tensors) if isinstance(dims, int) else list(dims)
+
+
+def with_spans(kept_idx: Tensor, num_tokens: int, keep_first: int, keep_last: int) -> Tensor:
+    """Return the lists of what is kept in all, in positions of the sequence: both ends, and the listed ones between."""
+    inside = (kept_idx >= 0) & (kept_idx < num_tokens - keep_first - keep_last)
+    first = torch.arange(keep_first, device=kept_idx.device).expand(*kept_idx.shape[:-1], -1)
+    last = torch.arange(num_tokens - keep_last, num_tokens, device=kept_idx.device).expand(*kept_idx.shape[:-1], -1)
+    return torch.cat([first, torch.where(inside, kept_idx + keep_first, -1), last], -1)
 
 
 def scatter_rows(grad: Tensor, kept_idx: Tensor, num_tokens: int) -> Tensor:
@@ -74,14 +109,20 @@ def reference(
     kept_idx: Tensor,
     *,
     dims: int | Sequence[int] | None = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Define gather_tokens in plain PyTorch; tests and benchmarks measure against this."""
-    if dims is None:
-        dims = kept_idx.dim() - 1
     gathered = []
-    for x, dim in zip(tensors, [dims] * len(tensors) if isinstance(dims, int) else dims):
+    for x, dim in zip(tensors, token_dims(tensors, kept_idx, dims)):
+        if dim == -2:
+            by_axis = reference([*x], kept_idx, dims=1, keep_first=keep_first, keep_last=keep_last)
+            gathered.append(torch.stack(by_axis))
+            continue
         lists = kept_idx if dim == kept_idx.dim() - 1 else kept_idx[:, None].expand(-1, x.shape[1], -1)
+        if keep_first or keep_last:
+            lists = with_spans(lists, x.shape[dim], keep_first, keep_last)
         valid = (lists >= 0) & (lists < x.shape[dim])
         tail = (1,) * (x.dim() - dim - 1)
         index = (
@@ -99,19 +140,35 @@ def reference(
     return list(out)
 
 
-@torch.library.register_fake("tokred::gather_tokens")
-def _(tensors: list[Tensor], kept_idx: Tensor, dims: list[int]) -> list[Tensor]:
-    k = kept_idx.shape[-1]
+def _gathered_like(tensors: list[Tensor], dims: list[int], k: int) -> list[Tensor]:
     return [t.new_empty((*t.shape[:dim], k, *t.shape[dim + 1 :])) for t, dim in zip(tensors, dims)]
 
 
+@torch.library.register_fake("tokred::gather_tokens")
+def _(tensors: list[Tensor], kept_idx: Tensor, dims: list[int]) -> list[Tensor]:
+    return _gathered_like(tensors, dims, kept_idx.shape[-1])
+
+
+@torch.library.register_fake("tokred::gather_tokens.spans")
+def _(tensors: list[Tensor], kept_idx: Tensor, dims: list[int], keep_first: int, keep_last: int) -> list[Tensor]:
+    return _gathered_like(tensors, dims, keep_first + kept_idx.shape[-1] + keep_last)
+
+
 @torch.library.register_fake("tokred::gather_tokens.out")
-def _(tensors: list[Tensor], kept_idx: Tensor, dims: list[int], *, out: list[Tensor]) -> None:
+def _(
+    tensors: list[Tensor],
+    kept_idx: Tensor,
+    dims: list[int],
+    keep_first: int = 0,
+    keep_last: int = 0,
+    *,
+    out: list[Tensor],
+) -> None:
     return None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, kept_idx, dims = inputs
+    tensors, kept_idx, dims, *ctx.spans = inputs
     ctx.dims, ctx.num_tokens = dims, [t.shape[dim] for t, dim in zip(tensors, dims)]
     ctx.needs = [t.requires_grad for t in tensors]
     ctx.save_for_backward(kept_idx)
@@ -121,18 +178,22 @@ def _backward(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
     (kept_idx,) = ctx.saved_tensors
 
     def back(grad: Tensor, dim: int, num_tokens: int) -> Tensor:
+        lists = with_spans(kept_idx, num_tokens, *ctx.spans) if ctx.spans else kept_idx
         if dim == 1:
-            return scatter_rows(grad, kept_idx, num_tokens)
+            return scatter_rows(grad, lists, num_tokens)
         heads = grad.shape[1]
-        lists = kept_idx if kept_idx.dim() == 3 else kept_idx[:, None].expand(-1, heads, -1)
+        if lists.dim() == 2:
+            lists = lists[:, None].expand(-1, heads, -1)
         return scatter_rows(grad.flatten(0, 1), lists.flatten(0, 1).contiguous(), num_tokens).unflatten(0, (-1, heads))
 
     parts = zip(grads, ctx.dims, ctx.num_tokens, ctx.needs)
-    return [back(g, d, n) if need and g is not None else None for g, d, n, need in parts], None, None
+    of_tensors = [back(g, d, n) if need and g is not None else None for g, d, n, need in parts]
+    return of_tensors, None, None, *(None for _ in ctx.spans)
 
 
-torch.library.register_autograd("tokred::gather_tokens", _backward, setup_context=_setup)
-_op.fold_vmap("gather_tokens")
+for _name in ("gather_tokens", "gather_tokens.spans"):
+    torch.library.register_autograd(f"tokred::{_name}", _backward, setup_context=_setup)
+    _op.fold_vmap(_name)
 
 
 def floor(
@@ -140,13 +201,14 @@ def floor(
     kept_idx: Tensor,
     *,
     dims: int | Sequence[int] | None = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
     out: Sequence[Tensor] | None = None,
 ) -> _op.Floor:
-    """Listed rows read and written, the list read once; repeats count each time, -1 as a row."""
-    if dims is None:
-        dims = kept_idx.dim() - 1
-    dims = [dims] * len(tensors) if isinstance(dims, int) else list(dims)
-    moved = sum(t.nbytes // max(t.shape[dim], 1) * kept_idx.shape[-1] for t, dim in zip(tensors, dims))
+    """Kept rows read and written, the list read once; repeats count each time, -1 as a row."""
+    k = keep_first + kept_idx.shape[-1] + keep_last
+    dims = token_dims(tensors, kept_idx, dims)
+    moved = sum(t.nbytes // max(t.shape[abs(dim)], 1) * k for t, dim in zip(tensors, dims))
     return kept_idx.nbytes + 2 * moved, 0
 
 
@@ -161,4 +223,8 @@ def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sa
         (([x, positions, positions > 5], shared), {}),
         (([x, kv], shared.int()), {"dims": [1, 2]}),
         (([kv, kv], per_head), {}),
+        (
+            ([x, positions.expand(3, 2, 11)], shared[:, :3].contiguous()),
+            {"dims": [1, -2], "keep_first": 2, "keep_last": 1},
+        ),
     ]

@@ -16,16 +16,26 @@ struct Source {
   int64_t lead = 0;  // bytes before the first row
 };
 
+struct Spans {
+  int64_t first = 0, last = 0;
+};
+
 // Index is the dtype of the list, list_heads 1 or that of every tensor.
 template <typename Index>
-Results call(int64_t batch_size, int64_t list_heads, int64_t k, const std::vector<Source>& sources, const Side& side) {
+Results call(int64_t batch_size, int64_t list_heads, int64_t listed, const std::vector<Source>& sources,
+             const Spans& spans, const Side& side) {
+  const int64_t k = spans.first + listed + spans.last;
   Random random(static_cast<uint64_t>(k));
-  const Buffer<Index> kept_idx(side, random.whole<Index>(batch_size * list_heads * k, -2, sources[0].num_tokens + 3));
+  const Buffer<Index> kept_idx(side,
+                               random.whole<Index>(batch_size * list_heads * listed, -2, sources[0].num_tokens + 3));
   GatherTokensArgs args{};
   args.kept_idx = {kept_idx.data(), sizeof(Index) == 8};
   args.list_heads = list_heads;
   args.batch_size = batch_size;
   args.k = k;
+  args.list_len = listed;
+  args.keep_first = spans.first;
+  args.keep_last = spans.last;
   std::vector<std::unique_ptr<Buffer<uint8_t>>> from, to;
   for (const Source& s : sources) {
     const int64_t rows = batch_size * s.num_heads * s.num_tokens;
@@ -47,10 +57,13 @@ Results call(int64_t batch_size, int64_t list_heads, int64_t k, const std::vecto
   return results;
 }
 
-void check_both(int64_t batch_size, int64_t list_heads, int64_t k, const std::vector<Source>& sources) {
+void check_both(int64_t batch_size, int64_t list_heads, int64_t k, const std::vector<Source>& sources,
+                const Spans& spans = {}) {
   const std::string what = text("batch ", batch_size, ", ", list_heads, " lists of ", k);
-  check(what + ", int32", [&](const Side& side) { return call<int32_t>(batch_size, list_heads, k, sources, side); });
-  check(what + ", int64", [&](const Side& side) { return call<int64_t>(batch_size, list_heads, k, sources, side); });
+  check(what + ", int32",
+        [&](const Side& side) { return call<int32_t>(batch_size, list_heads, k, sources, spans, side); });
+  check(what + ", int64",
+        [&](const Side& side) { return call<int64_t>(batch_size, list_heads, k, sources, spans, side); });
 }
 
 }  // namespace
@@ -64,6 +77,11 @@ TOKRED_TEST(gather_tokens, off_alignment) {
   check_both(2, 1, 19, {{1, 30, 32, 1}, {1, 30, 32, 2}, {1, 30, 32, 4}, {1, 30, 32, 8}});
 }
 TOKRED_TEST(gather_tokens, list_per_head) { check_both(2, 3, 21, {{3, 40, 16}, {3, 40, 64}, {3, 25, 2}}); }
+TOKRED_TEST(gather_tokens, spans) {
+  check_both(2, 1, 21, {{1, 40, 16}, {3, 30, 24}, {1, 40, 1}}, {5, 3});
+  check_both(2, 3, 21, {{3, 40, 16}, {3, 40, 66}}, {0, 40});
+  check_both(2, 1, 0, {{1, 40, 16}}, {40, 0});
+}
 TOKRED_TEST(gather_tokens, empty) {
   check_both(2, 1, 0, {{1, 40, 16}});
   check_both(0, 1, 4, {{1, 40, 16}});
