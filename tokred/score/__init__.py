@@ -3,3 +3,4 @@
 """Importance of tokens."""
 
 from tokred.score.attn_received import attn_received as attn_received
+from tokred.score.qk_score import qk_score as qk_score
