@@ -55,7 +55,12 @@ def autocast(name: str, num_cast: int) -> None:
 
 
 def fold_vmap(name: str, shared: Sequence[int] = (), absent: Sequence[int] = ()) -> None:
-    """Give ``tokred::name`` a vmap rule: the mapped dimension is folded into the batch dimension, the first of each tensor.
+    """Give ``tokred::name`` the vmap rule that ``fold_rule`` makes."""
+    torch.library.register_vmap(f"tokred::{name}", fold_rule(name, shared, absent))
+
+
+def fold_rule(name: str, shared: Sequence[int] = (), absent: Sequence[int] = ()) -> Callable[..., tuple[Any, Any]]:
+    """Return a vmap rule of ``tokred::name``: the mapped dimension is folded into the batch dimension, each tensor's first.
 
     ``shared`` lists positions of tensor arguments without a batch dimension; they must not be mapped. ``absent`` lists those
     of arguments that leave the others without one (``cu_seqlens``); they must be None.
@@ -96,7 +101,7 @@ def fold_vmap(name: str, shared: Sequence[int] = (), absent: Sequence[int] = ())
 
         return unfold(out), dims_of(out)
 
-    torch.library.register_vmap(f"tokred::{name}", rule)
+    return rule
 
 
 def no_vmap(name: str, why: str) -> None:

@@ -39,28 +39,12 @@ void check_kv(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   TOKRED_CHECK(a.num_kv_heads > 0 && a.num_q_heads > 0 && a.num_q_heads % a.num_kv_heads == 0,
                "attend_selected: expected num_q_heads to be a multiple of num_kv_heads, got ", a.num_q_heads, " and ",
                a.num_kv_heads);
-  for (auto [x, kv] : {std::pair(&k, &a.k), std::pair(&v, &a.v)}) {
-    *kv = KvTensor{x->const_data_ptr(),      x->size(3),           paged ? 0 : x->stride(0), x->stride(head_axis),
-                   paged ? x->stride(0) : 0, x->stride(token_axis)};
-  }
-  a.page_shift = kDensePageShift;
+  a.k = kv_tensor(k, paged);
+  a.v = kv_tensor(v, paged);
   a.kv_len = k.size(token_axis);
   if (!paged) return check_int32_range(kOp, "kv_len", a.kv_len);
-  const int64_t page_size = k.size(1);
-  TOKRED_CHECK(page_size == 1 || page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
-               "attend_selected: expected k with page_size 1, 16, 32, 64 or 128, got ", page_size);
-  check_dtype(kOp, "page_table", *page_table, ScalarType::Int);
-  check_contiguous(kOp, "page_table", *page_table);
-  check_same_device(kOp, "q", q, "page_table", *page_table);
-  TOKRED_CHECK(page_table->dim() == 2 && page_table->size(0) == a.batch_size,
-               "attend_selected: expected page_table of shape [batch_size, max_pages] with batch_size ", a.batch_size,
-               ", got ", shape_of(*page_table));
-  a.page_table = static_cast<const int32_t*>(page_table->const_data_ptr());
-  a.num_pages = k.size(0);
-  a.max_pages = page_table->size(1);
-  a.kv_len = a.max_pages * page_size;
-  for (a.page_shift = 0; (int64_t{1} << a.page_shift) < page_size;) ++a.page_shift;
-  check_int32_range(kOp, "num_pages * page_size", a.num_pages * page_size);
+  a.pages = check_pages(kOp, "q", q, k, *page_table);
+  a.kv_len = a.pages.max_pages << a.pages.shift;
 }
 
 AttendSelectedArgs prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kept_idx,
@@ -96,13 +80,7 @@ AttendSelectedArgs prepare(const Tensor& q, const Tensor& k, const Tensor& v, co
   check_same_device(kOp, "q", q, "kept_idx", kept_idx);
   a.list_heads = kept_idx.size(1);
   a.num_listed = kept_idx.size(2);
-  if (kv_lens) {
-    check_dtype(kOp, "kv_lens", *kv_lens, ScalarType::Int);
-    check_shape(kOp, "kv_lens", *kv_lens, {a.batch_size}, "[batch_size]");
-    check_contiguous(kOp, "kv_lens", *kv_lens);
-    check_same_device(kOp, "q", q, "kv_lens", *kv_lens);
-    a.kv_lens = static_cast<const int32_t*>(kv_lens->const_data_ptr());
-  }
+  a.kv_lens = check_kv_lens(kOp, "q", q, kv_lens);
   if (key_bias) {
     check_dtype(kOp, "key_bias", *key_bias, ScalarType::Float);
     TOKRED_CHECK(key_bias->dim() == 3 && key_bias->size(0) == a.batch_size && key_bias->size(2) == a.kv_len,

@@ -207,7 +207,7 @@ __device__ inline void block_prepare(const AttendSelectedArgs& a, const Launch& 
   const int thread = thread_rank(), num_threads = K::kWarps * kWarpSize;
   const int64_t list_head = a.list_heads == 1 ? 0 : a.list_heads == a.num_q_heads ? at.first_head : at.kv_head;
   const int64_t list = (at.batch_idx * a.list_heads + list_head) * a.num_listed + at.split * launch.policy.split;
-  const int64_t limit = attend_limit(a, at.batch_idx);
+  const int64_t limit = kv_limit(a.kv_lens, a.kv_len, at.batch_idx);
   const int64_t first_bias_head = a.bias_heads == 1               ? 0
                                   : a.bias_heads == a.num_q_heads ? at.first_head + at.row0 / a.q_len
                                                                   : at.kv_head;
@@ -327,8 +327,8 @@ __global__ void __launch_bounds__(Tile<T, kDim>::kWarps* kWarpSize, Tile<T, kDim
   const auto fetch = [&](int tile, int stage) {
     if (tile < num_tiles) {
       const int32_t* slot = s.slot + tile * K::kKeys;
-      warp_copy_rows<T, kDim>(s.ring[warp][stage][0], a.k, k, slot, a.page_shift, launch.wide, kPadK);
-      warp_copy_rows<T, kDim>(s.ring[warp][stage][1], a.v, v, slot, a.page_shift, launch.wide, kPadV);
+      warp_copy_rows<T, kDim>(s.ring[warp][stage][0], a.k, k, slot, a.pages.shift, launch.wide, kPadK);
+      warp_copy_rows<T, kDim>(s.ring[warp][stage][1], a.v, v, slot, a.pages.shift, launch.wide, kPadV);
     }
     cp_async_commit();
   };
@@ -399,18 +399,11 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
 }
 
-bool is_wide(const KvTensor& x, int64_t bytes) {
-  const uint64_t all = reinterpret_cast<uint64_t>(x.data) | static_cast<uint64_t>(x.dim * bytes) |
-                       static_cast<uint64_t>(x.stride_batch * bytes) | static_cast<uint64_t>(x.stride_head * bytes) |
-                       static_cast<uint64_t>(x.stride_page * bytes) | static_cast<uint64_t>(x.stride_token * bytes);
-  return all % 16 == 0;
-}
-
 }  // namespace
 
 int attend_selected_cuda(const AttendSelectedArgs& a, CUstream_st* stream) {
   const Launch config{choose_policy(a), a.scale * kLog2E, attend_bias_rows(a),
-                      is_wide(a.k, element_size(a.dtype)) && is_wide(a.v, element_size(a.dtype))};
+                      has_wide_rows(a.k, a.dtype) && has_wide_rows(a.v, a.dtype)};
   const AttendSelectedPolicy& p = config.policy;
   const int64_t blocks = a.batch_size * p.units * p.m_tiles * p.num_splits;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

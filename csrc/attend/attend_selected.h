@@ -1,48 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 #pragma once
-#include "common/dispatch.h"
+#include "common/kv_tensor.h"
 
 namespace tokred {
-
-// One launch of K or V, dense or paged: row (batch, kv head, slot) starts at
-// data + batch * stride_batch + kv_head * stride_head + (slot >> page_shift) * stride_page + (slot & mask) *
-// stride_token. Dense storage is one page of 2^31 tokens per batch entry; pages belong to no batch entry.
-struct KvTensor {
-  const void* data = nullptr;  // [batch_size, num_kv_heads, kv_len, dim] or [num_pages, page_size, num_kv_heads, dim]
-  int64_t dim = 0;
-  int64_t stride_batch = 0, stride_head = 0, stride_page = 0, stride_token = 0;  // in elements
-
-  TOKRED_HOST_DEVICE int64_t head_offset(int64_t batch_idx, int64_t kv_head) const {
-    return batch_idx * stride_batch + kv_head * stride_head;
-  }
-  TOKRED_HOST_DEVICE int64_t slot_offset(int32_t slot, int page_shift) const {
-    const int32_t in_page = slot & static_cast<int32_t>((uint32_t{1} << page_shift) - 1);
-    return static_cast<int64_t>(slot >> page_shift) * stride_page + int64_t{in_page} * stride_token;
-  }
-};
-
-constexpr int kDensePageShift = 31;
 
 struct AttendSelectedArgs {
   const void* q;  // [batch_size, num_q_heads, q_len, k.dim], last dim contiguous
   KvTensor k, v;
-  IndexPtr kept_idx;          // [batch_size, list_heads, num_listed], contiguous, logical positions
-  const int32_t* page_table;  // [batch_size, max_pages]; null: dense
-  const int32_t* kv_lens;     // [batch_size]; null: kv_len each
-  const float* key_bias;      // [batch_size, bias_heads, kv_len]; null: none
-  void* out;                  // [batch_size, num_q_heads, q_len, v.dim], last dim contiguous
-  float* lse;                 // [batch_size, num_q_heads, q_len], contiguous
-  float* partial;             // CUDA: [batch_size * num_q_heads * q_len, num_splits, v.dim + 2]; null for one split
+  KvPages pages;
+  IndexPtr kept_idx;       // [batch_size, list_heads, num_listed], contiguous, logical positions
+  const int32_t* kv_lens;  // [batch_size]; null: kv_len each
+  const float* key_bias;   // [batch_size, bias_heads, kv_len]; null: none
+  void* out;               // [batch_size, num_q_heads, q_len, v.dim], last dim contiguous
+  float* lse;              // [batch_size, num_q_heads, q_len], contiguous
+  float* partial;          // CUDA: [batch_size * num_q_heads * q_len, num_splits, v.dim + 2]; null for one split
   int64_t batch_size, num_q_heads, num_kv_heads, q_len;
   int64_t kv_len;                  // positions that a list may name: max_pages * page_size when paged
   int64_t list_heads, bias_heads;  // num_q_heads, num_kv_heads or 1
   int64_t num_listed;
-  int64_t num_pages, max_pages;
   int64_t q_batch, q_head, q_token;  // strides in elements
   int64_t out_batch, out_head, out_token;
   int64_t bias_batch, bias_head;
-  int page_shift;  // log2(page_size), kDensePageShift when dense
   float scale;
   DType dtype;  // of q, k, v and out
 };
@@ -98,16 +77,7 @@ constexpr AttendSelectedPolicy choose_policy(const AttendSelectedArgs& a) {
 TOKRED_HOST_DEVICE int32_t attend_slot(const AttendSelectedArgs& a, int64_t batch_idx, int64_t position,
                                        int64_t limit) {
   if (position < 0 || position >= limit) return -1;
-  if (!a.page_table) return static_cast<int32_t>(position);
-  const int64_t page = a.page_table[batch_idx * a.max_pages + (position >> a.page_shift)];
-  if (page < 0 || page >= a.num_pages) return -1;
-  return static_cast<int32_t>((page << a.page_shift) + (position & ((int64_t{1} << a.page_shift) - 1)));
-}
-
-TOKRED_HOST_DEVICE int64_t attend_limit(const AttendSelectedArgs& a, int64_t batch_idx) {
-  if (!a.kv_lens) return a.kv_len;
-  const int64_t len = a.kv_lens[batch_idx];
-  return len < a.kv_len ? len : a.kv_len;
+  return a.pages.slot(batch_idx, position);
 }
 
 void attend_selected_cpu(const AttendSelectedArgs& args);

@@ -7,77 +7,15 @@
 #include <limits>
 
 #include "attend/attend_selected.h"
-#include "common/parallel.h"
-#include "common/vec16.h"
+#include "common/dot_rows.h"
 
 namespace tokred {
 namespace {
 
-constexpr int64_t kSplit = 512;    // list entries of a task; fixed, so that bits depend on nothing else
-constexpr int64_t kKeyBlock = 16;  // rows that stay in the first-level cache while all query rows use them
-constexpr int64_t kAhead = 32;     // rows between a prefetch and its use
-constexpr int64_t kMaxRows = 64;   // query rows at a time; bounds the scratch
+constexpr int64_t kSplit = 512;   // list entries of a task; fixed, so that bits depend on nothing else
+constexpr int64_t kMaxRows = 64;  // query rows at a time; bounds the scratch
 constexpr int64_t kRowBlock = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// Into the second-level cache: rows that wait in the first level for their turn hold up the loads of those in work.
-TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
-}
-
-// score[r][i] = q[r] . k row i for i in [begin, end); writes up to 7 more. offset has kKeyBlock + kAhead entries past
-// the last. q: [kRows, q_stride], zeros from dim to the next multiple of 16; stretches of 32 in the order of load32.
-template <typename T, int kRows>
-TOKRED_CLONES void score_keys(const T* k, const int64_t* offset, int64_t begin, int64_t end, const float* q,
-                              int64_t q_stride, int64_t dim, bool fetch, float* score, int64_t score_stride) {
-  constexpr int kKeys = kRows == 1 ? 8 : 4;
-  constexpr int kSums = kRows * kKeys;
-  for (int64_t i = begin; i < end; i += kKeys) {
-    const T* row[kKeys];
-    for (int j = 0; j < kKeys; ++j) {
-      row[j] = k + offset[i + j];
-      if (fetch) prefetch(k + offset[i + j + kAhead], dim * static_cast<int64_t>(sizeof(T)));
-    }
-    Vec16 sum[kSums] = {};  // [kRows, kKeys]
-    int64_t c = 0;
-    for (; c + 2 * kVecLanes <= dim; c += 2 * kVecLanes) {
-      Vec16 low[kKeys], high[kKeys];
-#pragma GCC unroll 8
-      for (int j = 0; j < kKeys; ++j) load32(row[j] + c, low[j], high[j]);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        Vec16 query_low, query_high;
-        load16(q + r * q_stride + c, query_low);
-        load16(q + r * q_stride + c + kVecLanes, query_high);
-#pragma GCC unroll 8
-        for (int j = 0; j < kKeys; ++j) sum[r * kKeys + j] += query_low * low[j];
-#pragma GCC unroll 8
-        for (int j = 0; j < kKeys; ++j) sum[r * kKeys + j] += query_high * high[j];
-      }
-    }
-    for (; c < dim; c += kVecLanes) {  // at most twice
-#pragma GCC unroll 8
-      for (int j = 0; j < kKeys; ++j) {
-        Vec16 key;
-        if (c + kVecLanes <= dim) {
-          load16(row[j] + c, key);
-        } else {
-          load_part(row[j] + c, dim - c, key);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          Vec16 query;
-          load16(q + r * q_stride + c, query);
-          sum[r * kKeys + j] += query * key;
-        }
-      }
-    }
-    float sums[kSums];
-#pragma GCC unroll 2
-    for (int s = 0; s < kSums; s += 8) sum_lanes8(sum + s, sums + s);
-    for (int r = 0; r < kRows; ++r) std::memcpy(score + r * score_stride + i, sums + r * kKeys, kKeys * sizeof(float));
-  }
-}
 
 // One stretch of kCols vectors of the columns: acc[r] += sum over i of p[r][i] * v row i.
 template <typename T, int kRows, int kCols>
@@ -178,31 +116,25 @@ template <typename T>
 TOKRED_CLONES void finish_row(const float* acc, int64_t count, float factor, T* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = T(acc[i] * factor);
 }
-template <typename T>
-TOKRED_CLONES void load_query(const T* q, int64_t dim, float scale, float* out) {
-  for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(q[i]) * scale;
-}
-
 // The list entries of one split that name a row, packed to the front.
 struct Entries {
-  static constexpr int64_t kPadding = kKeyBlock + kAhead;
-  AlignedBuffer<int64_t> k_offset{kSplit + kPadding}, v_offset{kSplit + kPadding}, position{kSplit};
+  AlignedBuffer<int64_t> k_offset{kSplit + kDotPadding}, v_offset{kSplit + kDotPadding}, position{kSplit};
   int64_t count = 0;
 
   void load(const AttendSelectedArgs& a, int64_t batch_idx, int64_t list_head, int64_t split) {
     const int64_t list = (batch_idx * a.list_heads + list_head) * a.num_listed;
     const int64_t begin = split * kSplit, end = std::min(begin + kSplit, a.num_listed);
-    const int64_t limit = attend_limit(a, batch_idx);
+    const int64_t limit = kv_limit(a.kv_lens, a.kv_len, batch_idx);
     count = 0;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t pos = a.kept_idx[list + i];
       const int32_t slot = attend_slot(a, batch_idx, pos, limit);
       if (slot < 0) continue;
-      k_offset[count] = a.k.slot_offset(slot, a.page_shift);
-      v_offset[count] = a.v.slot_offset(slot, a.page_shift);
+      k_offset[count] = a.k.slot_offset(slot, a.pages.shift);
+      v_offset[count] = a.v.slot_offset(slot, a.pages.shift);
       position[count++] = pos;
     }
-    for (int64_t i = count; count && i < count + kPadding; ++i) {  // read in vain or fetched ahead
+    for (int64_t i = count; count && i < count + kDotPadding; ++i) {  // read in vain or fetched ahead
       k_offset[i] = k_offset[count - 1];
       v_offset[i] = v_offset[count - 1];
     }
@@ -248,16 +180,13 @@ void attend_rows(const AttendSelectedArgs& a, const Task& t, int64_t first, int6
     const int64_t head = t.first_head + (first + r) / a.q_len, token = (first + r) % a.q_len;
     load_query(static_cast<const T*>(a.q) + t.batch_idx * a.q_batch + head * a.q_head + token * a.q_token, a.k.dim,
                a.scale, s.q.data() + r * s.q_stride);
-    if constexpr (kDeinterleaves<T>) {
-      for (int64_t c = 0; c + 32 <= a.k.dim; c += 32) deinterleave32(s.q.data() + r * s.q_stride + c);
-    }
   }
   const T* k = static_cast<const T*>(a.k.data) + a.k.head_offset(t.batch_idx, t.kv_head);
   const T* v = static_cast<const T*>(a.v.data) + a.v.head_offset(t.batch_idx, t.kv_head);
   for (int64_t i = 0; i < count; i += kKeyBlock) {
     for (int64_t r = 0; r < padded; r += kRows) {
-      score_keys<T, kRows>(k, s.entries.k_offset.data(), i, std::min(i + kKeyBlock, count), s.q.data() + r * s.q_stride,
-                           s.q_stride, a.k.dim, r == 0, s.score.data() + r * stride, stride);
+      dot_rows<T, kRows>(k, s.entries.k_offset.data(), i, std::min(i + kKeyBlock, count), s.q.data() + r * s.q_stride,
+                         s.q_stride, a.k.dim, r == 0, s.score.data() + r * stride, stride);
     }
   }
   for (int64_t i = 0; i < std::min(kAhead, count); ++i) {  // under way during the softmax

@@ -157,6 +157,35 @@ void check_int32_range(const char* op, const char* name, int64_t value) {
   TOKRED_CHECK(value <= INT32_MAX - 1024, op, ": expected ", name, " below 2^31 - 1024, got ", value);
 }
 
+KvTensor kv_tensor(const Tensor& x, bool paged) {
+  return {x.const_data_ptr(),     x.size(3), paged ? 0 : x.stride(0), x.stride(paged ? 2 : 1), paged ? x.stride(0) : 0,
+          x.stride(paged ? 1 : 2)};
+}
+
+KvPages check_pages(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor& page_table) {
+  const int64_t page_size = k.size(1);
+  TOKRED_CHECK(page_size == 1 || page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128, op,
+               ": expected k with page_size 1, 16, 32, 64 or 128, got ", page_size);
+  check_dtype(op, "page_table", page_table, ScalarType::Int);
+  check_contiguous(op, "page_table", page_table);
+  check_same_device(op, q_name, q, "page_table", page_table);
+  TOKRED_CHECK(page_table.dim() == 2 && page_table.size(0) == q.size(0), op,
+               ": expected page_table of shape [batch_size, max_pages] with batch_size ", q.size(0), ", got ",
+               shape_of(page_table));
+  check_int32_range(op, "num_pages * page_size", k.size(0) * page_size);
+  return {static_cast<const int32_t*>(page_table.const_data_ptr()), k.size(0), page_table.size(1),
+          __builtin_ctzll(static_cast<uint64_t>(page_size))};
+}
+
+const int32_t* check_kv_lens(const char* op, const char* q_name, const Tensor& q, const OptTensor& kv_lens) {
+  if (!kv_lens) return nullptr;
+  check_dtype(op, "kv_lens", *kv_lens, ScalarType::Int);
+  check_shape(op, "kv_lens", *kv_lens, {q.size(0)}, "[batch_size]");
+  check_contiguous(op, "kv_lens", *kv_lens);
+  check_same_device(op, q_name, q, "kv_lens", *kv_lens);
+  return static_cast<const int32_t*>(kv_lens->const_data_ptr());
+}
+
 namespace {
 
 // The first touch of fresh memory costs the kernel a page fault per 4 KiB, which takes longer than the copy that

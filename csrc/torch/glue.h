@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/kv_tensor.h"
 #include "common/plan.h"
 
 // Tensor arguments of an op with gradients must be positional in its schema: torch's register_autograd and
@@ -72,6 +73,13 @@ void check_same_device(const char* op, const char* first, const Tensor& x, const
 // int32 [batch_size + 1], contiguous, on the device of x, the argument first.
 void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x);
 void check_int32_range(const char* op, const char* name, int64_t value);  // a count that kernels hold in an int32
+
+// K or V of four dimensions, dense or in pages.
+KvTensor kv_tensor(const Tensor& x, bool paged);
+// page_table [batch_size of q, max_pages] of k [num_pages, page_size, num_kv_heads, head_dim].
+KvPages check_pages(const char* op, const char* q_name, const Tensor& q, const Tensor& k, const Tensor& page_table);
+// int32 [batch_size of q]; null without.
+const int32_t* check_kv_lens(const char* op, const char* q_name, const Tensor& q, const OptTensor& kv_lens);
 
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {

@@ -46,7 +46,7 @@ Results call(const Case& c, DType dtype, const Side& side) {
   a.k = storage(k, c.dim);
   a.v = storage(v, c.dim_v);
   a.kept_idx = {kept_idx.data(), true};
-  a.page_table = paged ? page_table.data() : nullptr;
+  if (paged) a.pages = {page_table.data(), num_pages, max_pages, __builtin_ctzll(static_cast<uint64_t>(c.page_size))};
   a.kv_lens = c.lens ? kv_lens.data() : nullptr;
   a.key_bias = c.bias_heads ? key_bias.data() : nullptr;
   a.out = out.data();
@@ -59,8 +59,6 @@ Results call(const Case& c, DType dtype, const Side& side) {
   a.list_heads = c.list_heads;
   a.bias_heads = c.bias_heads;
   a.num_listed = c.num_listed;
-  a.num_pages = num_pages;
-  a.max_pages = max_pages;
   a.q_batch = c.num_q_heads * c.q_len * c.dim;
   a.q_head = c.q_len * c.dim;
   a.q_token = c.dim;
@@ -69,10 +67,6 @@ Results call(const Case& c, DType dtype, const Side& side) {
   a.out_token = c.dim_v;
   a.bias_batch = c.bias_heads * c.kv_len;
   a.bias_head = c.kv_len;
-  a.page_shift = kDensePageShift;
-  if (paged) {
-    for (a.page_shift = 0; (int64_t{1} << a.page_shift) < c.page_size;) ++a.page_shift;
-  }
   a.scale = 1.f / std::sqrt(static_cast<float>(c.dim));
   a.dtype = dtype;
   const int64_t num_splits = choose_policy(a).num_splits;
