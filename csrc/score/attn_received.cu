@@ -9,51 +9,24 @@
 // (column sums, head after head). Nothing meets in memory: no atomics, and the order of additions is fixed. The queries
 // of a group of heads are rows side by side, so K is read once for all of them. Pass 1 cuts the keys into splits of
 // fixed length.
-#include "score/attn_received_tiles.cuh"
+#include "score/attn_received_weights.cuh"
 
 #include <initializer_list>
 
 namespace tokred {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
-// sum * 2^peak is a sum of exponentials, 2^-inf of which is 0 for an empty one. NaN shows in the sum.
-struct ExpSum {
-  float peak = -INFINITY, sum = 0.f;
-
-  __device__ static float safe(float peak) { return peak == -INFINITY ? 0.f : peak; }  // -inf - -inf would be NaN
-  __device__ void merge(float other_peak, float other_sum) {
-    const float highest = fmaxf(peak, other_peak), base = safe(highest);
-    sum = sum * fast_exp2(peak - base) + other_sum * fast_exp2(other_peak - base);
-    peak = highest;
-  }
-  __device__ float lse() const { return sum == 0.f ? -INFINITY : kLn2 * peak + logf(sum); }
-};
-
-template <int kWidth>
-__device__ inline void warp_merge(ExpSum& x) {  // valid in every lane
-#pragma unroll
-  for (int offset = kWidth / 2; offset > 0; offset /= 2) {
-    const float peak = __shfl_xor_sync(kFullMask, x.peak, offset), sum = __shfl_xor_sync(kFullMask, x.sum, offset);
-    x.merge(peak, sum);
-  }
-}
-
-// How many keys the rows [first, last] of a group see: at least, at most.
-struct Seen {
-  int least, most;
-};
+// Of the rows [first, last] of a group; exact within one head.
 __device__ inline Seen seen_by(const AttnReceivedArgs& a, int first, int last) {
   const int q_len = static_cast<int>(a.q_len);
   const bool one_head = first / q_len == last / q_len;
-  return {static_cast<int>(a.num_visible(one_head ? first % q_len : 0)),
-          static_cast<int>(a.num_visible(one_head ? last % q_len : q_len - 1))};
+  const KeySpan low = a.visible(one_head ? first % q_len : 0), high = a.visible(one_head ? last % q_len : q_len - 1);
+  return {{low.begin, high.end}, {high.begin, low.end}};
 }
 
 // Pass 1. A block takes warps * kRowsPerWarp rows of a group and one split of the keys.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
+__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T, kDim>::kBlocksPerSm)
     attn_lse_kernel(const AttnReceivedArgs args, int row_blocks, int num_splits, int split_keys, bool aligned) {
   using C = AttnConfig<T, kDim>;
   using S = AttnStorage<T, kDim>;
@@ -69,16 +42,32 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
   const int block_rows = num_threads_in_block() / kWarpSize * C::kRowsPerWarp;
   const int block_row = row_block * block_rows, row0 = block_row + warp_index() * C::kRowsPerWarp;
   const int last_of_block = min(block_row + block_rows, num_rows) - 1;
-  const int begin = split * split_keys;
-  const int end = begin + min(split_keys, seen_by(args, block_row, last_of_block).most - begin);
+  const KeySpan of_block = seen_by(args, block_row, last_of_block).any;
+  // In whole chunks from the first key on, so that a row's sums do not depend on the rows beside it.
+  const int begin = max(split * split_keys, of_block.begin / C::kChunk * C::kChunk);
+  const int end = split * split_keys + min(split_keys, of_block.end - split * split_keys);
   const int num_tiles = ceil_div(max(end - begin, 0), C::kTile);
-  Seen seen{0, 0};  // by the warp's rows; rows past the last are not written, so they need no mask
-  if (row0 < num_rows) seen = seen_by(args, row0, min(row0 + C::kRowsPerWarp, num_rows) - 1);
-  seen.most = min(seen.most, end);
+  if (lane_index() == 0) {  // rows past the last are not written, so they need no mask
+    Seen seen{};
+    if (row0 < num_rows) seen = seen_by(args, row0, min(row0 + C::kRowsPerWarp, num_rows) - 1);
+    seen.any.end = min(seen.any.end, end);
+    shared.keys.warp_sees[warp_index()] = seen;
+  }
+  if (thread_rank() == 0) shared.keys.rows = key_rows<T>(args, batch_idx, kv_head_idx);
+  for (int r = lane_index(); r < C::kRowsPerWarp; r += kWarpSize) {
+    shared.keys.row_sees[warp_index() * C::kRowsPerWarp + r] = args.visible((row0 + r) % static_cast<int>(args.q_len));
+  }
+  __syncthreads();
 
   const auto issue = [&](int i) {
-    const Rows<T> keys = key_rows<T>(args, batch_idx, kv_head_idx);
-    block_load_tile<T, kDim>(shared.tile[i % C::kStages], keys, begin + i * C::kTile, head_dim, aligned);
+    const Rows<T> keys = shared.keys.rows;
+    const int first = begin + i * C::kTile;
+    block_load_tile<T, kDim>(shared.tile[i % C::kStages], keys, first, head_dim, aligned);
+    const int r = thread_rank();  // the block has at least kTile threads
+    if (!args.key_bias || r >= C::kTile) return;
+    const bool valid = first + r < keys.count;
+    const float* bias = args.key_bias + batch_idx * args.bias_batch + kv_head_idx * args.bias_head;
+    cp_async_4(&shared.keys.bias[i % C::kStages][r], bias + (valid ? first + r : 0), valid);
   };
 #pragma unroll
   for (int i = 0; i < C::kStages - 1; ++i) {
@@ -97,7 +86,6 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
       },
       head_dim, aligned);
 
-  const float scale = args.scale * kLog2e;
   ExpSum rows[2 * C::kRowTiles];
   for (int i = 0; i < num_tiles; ++i) {
     cp_async_wait<C::kStages - 2>();
@@ -106,17 +94,24 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
     cp_async_commit();
     for (int c = 0; c < C::kTile; c += C::kChunk) {
       const int key0 = begin + i * C::kTile + c;
-      if (key0 >= seen.most) break;
+      const KeySpan any = shared.keys.warp_sees[warp_index()].any;
+      if (key0 >= any.end) break;
+      if (key0 + C::kChunk <= any.begin) continue;
       float acc[C::kRowTiles][C::kColTiles][4];
       warp_multiply<T, kDim>(acc, own, shared.tile[i % C::kStages] + c);
-      if (key0 + C::kChunk > seen.least) {
+      if (args.adjusted()) {
+        const float* bias = args.key_bias ? shared.keys.bias[i % C::kStages] + c + 2 * t : nullptr;
+        thread_adjust(acc, args.scale, args.softcap, bias, [](int, int i) { return 8 * (i / 2) + i % 2; });
+      }
+      const KeySpan all = shared.keys.warp_sees[warp_index()].all;
+      if (key0 < all.begin || key0 + C::kChunk > all.end) {
 #pragma unroll
         for (int r = 0; r < 2 * C::kRowTiles; ++r) {
-          const int visible = static_cast<int>(args.num_visible((row0 + 8 * r + g) % static_cast<int>(args.q_len)));
+          const KeySpan span = shared.keys.row_sees[warp_index() * C::kRowsPerWarp + 8 * r + g];
 #pragma unroll
           for (int i = 0; i < 2 * C::kColTiles; ++i) {
             float& x = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-            x = key0 + 8 * (i / 2) + 2 * t + i % 2 < visible ? x : -INFINITY;
+            x = span.has(key0 + 8 * (i / 2) + 2 * t + i % 2) ? x : -INFINITY;
           }
         }
       }
@@ -125,11 +120,11 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
         float highest = -INFINITY;
 #pragma unroll
         for (int i = 0; i < 2 * C::kColTiles; ++i) highest = fmaxf(highest, acc[r / 2][i / 2][2 * (r % 2) + i % 2]);
-        const float peak = fmaxf(rows[r].peak, highest * scale), base = ExpSum::safe(peak);
+        const float peak = fmaxf(rows[r].peak, highest * args.exponent_scale), base = ExpSum::safe(peak);
         float sum = rows[r].sum * fast_exp2(rows[r].peak - base);
 #pragma unroll
         for (int i = 0; i < 2 * C::kColTiles; ++i) {
-          sum += fast_exp2(acc[r / 2][i / 2][2 * (r % 2) + i % 2] * scale - base);
+          sum += fast_exp2(acc[r / 2][i / 2][2 * (r % 2) + i % 2] * args.exponent_scale - base);
         }
         rows[r].peak = peak;
         rows[r].sum = sum;
@@ -142,6 +137,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
     const int row = row0 + 8 * r + g;
     if (t != 0 || row >= num_rows) continue;
     if (num_splits == 1) {
+      rows[r].add_sink(args, int64_t{head} * num_rows + row);
       args.lse[int64_t{head} * num_rows + row] = rows[r].lse();
     } else {
       float* out = args.partial + ((int64_t{head} * num_splits + split) * num_rows + row) * 2;
@@ -163,6 +159,7 @@ __global__ void combine_lse_kernel(const AttnReceivedArgs args, int num_splits) 
     total.merge(part[0], part[1]);
   }
   warp_merge<kWarpSize>(total);
+  total.add_sink(args, i);
   if (lane_index() == 0) args.lse[i] = total.lse();
 }
 
@@ -173,100 +170,43 @@ __global__ void copy_lse_kernel(const AttnReceivedArgs args) {
   args.lse[i] = args.lse_in[batch_idx * args.stride_lse_in.batch + head_idx * args.stride_lse_in.head + i % args.q_len];
 }
 
-// NaN if either is.
-__device__ inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
-
-// Products q k become the weights that the chunk's queries, columns of acc, give to the warp's keys. 0 from a query
-// whose lse is -inf, and to keys from visible(column) on where masked says that there may be some. One instruction or
-// two per weight next to its exponential: all that is rare or the same in the whole warp stays out of the loop.
-template <int kRowTiles, int kColTiles, typename Visible>
-__device__ inline void thread_weigh(float (&acc)[kRowTiles][kColTiles][4], const float* lse, const float* weight,
-                                    bool weighted, float scale, bool masked, int key0, const Visible& visible) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  bool check = masked;
-#pragma unroll
-  for (int i = 0; i < 2 * kColTiles; ++i) {
-    const float from = lse[8 * (i / 2) + 2 * t + i % 2];
-    check = check || from == -INFINITY;
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) {
-      float& x = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-      x = fast_exp2(x * scale - from * kLog2e);
-    }
-  }
-  if (weighted) {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-      const float factor = weight[8 * (i / 2) + 2 * t + i % 2];
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) acc[r / 2][i / 2][2 * (r % 2) + i % 2] *= factor;
-    }
-  }
-  if (!check) return;
-#pragma unroll
-  for (int i = 0; i < 2 * kColTiles; ++i) {
-    const int column = 8 * (i / 2) + 2 * t + i % 2, end = lse[column] == -INFINITY ? 0 : visible(column);
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) {
-      if (key0 + 8 * r + g >= end) acc[r / 2][i / 2][2 * (r % 2) + i % 2] = 0.f;
-    }
-  }
-}
-
-template <int kRowTiles, int kColTiles>
-__device__ inline void thread_add(const float (&acc)[kRowTiles][kColTiles][4], bool max_reduce,
-                                  float (&total)[2 * kRowTiles]) {
-  if (max_reduce) {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) {
-        total[r] = max_nan(total[r], acc[r / 2][i / 2][2 * (r % 2) + i % 2]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) total[r] += acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-    }
-  }
-}
-
 // Pass 2. A block takes warps * kRowsPerWarp keys and all queries of the group that see one of them.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
+__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T, kDim>::kBlocksPerSm)
     attn_received_kernel(const AttnReceivedArgs args, int key_blocks, bool aligned) {
   using C = AttnConfig<T, kDim>;
   using S = AttnStorage<T, kDim>;
   TOKRED_SHARED(S, shared);
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
-  const int head_dim = static_cast<int>(args.head_dim), q_start = static_cast<int>(args.q_start);
+  const int head_dim = static_cast<int>(args.head_dim);
   const int key_block = static_cast<int>(blockIdx.x % static_cast<unsigned>(key_blocks));
-  const int64_t head = blockIdx.x / static_cast<unsigned>(key_blocks);
-  const int64_t batch_idx = head / args.num_kv_heads, kv_head_idx = head % args.num_kv_heads;
-  const int64_t first_head = kv_head_idx * args.group();
+  const int head = static_cast<int>(blockIdx.x / static_cast<unsigned>(key_blocks));
+  const int num_kv_heads = static_cast<int>(args.num_kv_heads), group = static_cast<int>(args.group());
+  const int batch_idx = head / num_kv_heads, kv_head_idx = head % num_kv_heads, first_head = kv_head_idx * group;
 
-  const int block_key = key_block * (num_threads_in_block() / kWarpSize) * C::kRowsPerWarp;
-  const int key0 = block_key + warp_index() * C::kRowsPerWarp;
-  // The first query that sees the block's first key.
-  const int64_t first_seeing = args.causal ? int64_t{block_key} - q_start : 0;
-  const int q_begin = static_cast<int>(min(max(first_seeing, int64_t{0}), int64_t{q_len}));
-  const int tiles_per_head = ceil_div(q_len - q_begin, C::kTile);
-  const int num_tiles = tiles_per_head * static_cast<int>(args.group());
+  const int block_keys = num_threads_in_block() / kWarpSize * C::kRowsPerWarp;
+  const int block_key = key_block * block_keys, key0 = block_key + warp_index() * C::kRowsPerWarp;
+  // The queries that see one of the block's keys. In eights from the first query on, as fragments have them, so that a
+  // key's sums do not depend on the keys beside it.
+  const int q_begin = min(max(block_key - args.band.end + 1, 0), q_len) / 8 * 8;
+  const int q_end = min(max(min(block_key + block_keys, kv_len) - args.band.first, 0), q_len);
+  const int tiles_per_head = ceil_div(max(q_end - q_begin, 0), C::kTile);
+  const int num_tiles = tiles_per_head * group;
 
   const auto issue = [&](int i) {
     const int stage = i % C::kStages, q0 = q_begin + i % tiles_per_head * C::kTile;
-    const int64_t head_idx = first_head + i / tiles_per_head;
+    const int head_idx = first_head + i / tiles_per_head;
     block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(args, batch_idx, head_idx), q0, head_dim, aligned);
     const int r = thread_rank();  // the block has at least kTile threads
     if (r >= C::kTile) return;
-    const bool valid = q0 + r < q_len;
+    const bool valid = q0 + r < q_end;
     const int64_t query = valid ? q0 + r : 0;
-    cp_async_4(&shared.lse[stage][r], args.lse + (batch_idx * args.num_q_heads + head_idx) * q_len + query, valid);
+    shared.queries.sees[stage][r] = valid ? args.visible(q0 + r) : KeySpan{0, 0};
+    cp_async_4(&shared.queries.lse[stage][r], args.lse + (batch_idx * args.num_q_heads + head_idx) * q_len + query,
+               valid);
     if (!args.q_weight) return;
     const int64_t offset = batch_idx * args.stride_weight.batch + head_idx * args.stride_weight.head;
-    cp_async_4(&shared.weight[stage][r], args.q_weight + offset + query, valid);
+    cp_async_4(&shared.queries.weight[stage][r], args.q_weight + offset + query, valid);
   };
 #pragma unroll
   for (int i = 0; i < C::kStages - 1; ++i) {
@@ -280,7 +220,11 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
       shared, [&](int r) { return key0 + r < kv_len ? keys.data + (key0 + r) * keys.stride : nullptr; }, head_dim,
       aligned);
 
-  const float scale = args.scale * kLog2e;
+  if (args.key_bias && thread_rank() < block_keys) {  // the first barrier of the loop publishes them
+    const int key = block_key + thread_rank();
+    const float* bias = args.key_bias + batch_idx * args.bias_batch + kv_head_idx * args.bias_head;
+    shared.queries.own_bias[thread_rank()] = key < kv_len ? bias[key] : 0.f;
+  }
   float total[2 * C::kRowTiles] = {};
   const auto write = [&](int head_in_group) {  // the head's sums, and start the next
 #pragma unroll
@@ -301,19 +245,20 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
     cp_async_commit();
     const int stage = i % C::kStages, tile_q = q_begin + i % tiles_per_head * C::kTile;
     for (int c = 0; c < C::kTile && key0 < kv_len; c += C::kChunk) {
-      const int q0 = tile_q + c, q_end = min(q0 + C::kChunk, q_len);
-      if (q0 >= q_len) break;
-      if (args.causal && int64_t{q_start} + q_end - 1 < key0) continue;
+      const int q0 = tile_q + c, last_key = key0 + C::kRowsPerWarp - 1;
+      if (q0 >= q_end) break;
+      const int last_q = q0 + C::kChunk - 1;
+      if (last_q + args.band.end <= key0 || q0 + args.band.first > last_key) continue;
       float acc[C::kRowTiles][C::kColTiles][4];
       warp_multiply<T, kDim>(acc, own, shared.tile[stage] + c);
-      const bool masked = q0 + C::kChunk > q_len || (args.causal && int64_t{q_start} + q0 < key0 + C::kRowsPerWarp - 1);
-      // Keys before this one are seen by query c + column of the tile; none where there is no query.
-      const auto visible = [&](int column) {
-        const int query = q0 + column;
-        return query >= q_len ? 0 : args.causal ? static_cast<int>(args.num_visible(query)) : kv_len;
-      };
-      thread_weigh<C::kRowTiles>(acc, &shared.lse[stage][c], &shared.weight[stage][c], args.q_weight != nullptr, scale,
-                                 masked, key0, visible);
+      if (args.adjusted()) {
+        const float* bias = args.key_bias ? shared.queries.own_bias + warp_index() * C::kRowsPerWarp + g : nullptr;
+        thread_adjust(acc, args.scale, args.softcap, bias, [](int r, int) { return 8 * r; });
+      }
+      const bool masked = last_q >= q_end || q0 + args.band.end <= last_key || last_q + args.band.first > key0;
+      thread_weigh<C::kRowTiles>(acc, &shared.queries.lse[stage][c], &shared.queries.weight[stage][c],
+                                 args.q_weight != nullptr, args.exponent_scale, masked, key0,
+                                 &shared.queries.sees[stage][c]);
       thread_add<C::kRowTiles>(acc, args.max_reduce, total);
     }
     if (i % tiles_per_head == tiles_per_head - 1) write(i / tiles_per_head);

@@ -20,7 +20,6 @@ constexpr int64_t kMaxTileRows = 128, kMaxPanelKeys = 512;
 constexpr int64_t kResidentFloats = 1 << 20;  // 4 MiB of logits per thread
 constexpr int64_t kColumnFloats =
     16 << 20;  // 64 MiB of partial columns of all threads, unless one batch row needs more
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
@@ -57,22 +56,25 @@ struct Scratch {
         logits(t.tile_rows * t.panel_keys * (t.resident ? t.num_panels : 1)) {}
   AlignedBuffer<float> q, k, logits;
   // Per row of the tile, on the base-2 scale of the logits.
-  float offset[kMaxTileRows];     // subtracted from a logit before 2^x: the running maximum, or the lse
-  float sum[kMaxTileRows];        // of 2^(logit - offset)
-  float factor[kMaxTileRows];     // times 2^(logit - offset) is weight * probability
-  int64_t visible[kMaxTileRows];  // keys seen, from the first
+  float offset[kMaxTileRows];  // subtracted from a logit before 2^x: the running maximum, or the lse
+  float sum[kMaxTileRows];     // of 2^(logit - offset)
+  float factor[kMaxTileRows];  // times 2^(logit - offset) is weight * probability
+  KeySpan sees[kMaxTileRows];
 };
 
-// The logits of a tile's rows for the keys of a panel, of which row r sees the first seen_keys(r).
+// The logits of a tile's rows for the keys of a panel, of which row r sees those that seen_in gives.
 struct PanelView {
   float* data;
   int64_t keys;  // also the stride
   int64_t rows, first_key;
-  const int64_t* visible;
+  const KeySpan* sees;
 };
-TOKRED_INLINE int64_t seen_keys(const PanelView& p, int64_t r) {
-  const int64_t count = p.visible[r] - p.first_key;
-  return count < 0 ? 0 : count < p.keys ? count : p.keys;
+struct Span {  // columns [begin, end) of a panel
+  int64_t begin, end;
+};
+TOKRED_INLINE Span seen_in(const PanelView& p, int64_t r) {
+  const int64_t begin = p.sees[r].begin - p.first_key, end = p.sees[r].end - p.first_key;
+  return {begin < 0 ? 0 : begin, end < p.keys ? end : p.keys};
 }
 // A row's last elements, filled up to kLanes with -inf.
 TOKRED_INLINE void load_tail(const float* row, int64_t count, float (&tail)[kLanes]) {
@@ -80,11 +82,29 @@ TOKRED_INLINE void load_tail(const float* row, int64_t count, float (&tail)[kLan
   for (int64_t i = 0; i < count; ++i) tail[i] = row[i];
 }
 
+// Logits x of keys seen, on the base-2 scale, become cap * tanh(x / cap), unless cap is 0, plus bias, unless that is
+// null.
+TOKRED_CLONES void adjust(const PanelView& panel, float cap, const float* bias) {
+  const float over_cap = 1.f / cap;
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const Span seen = seen_in(panel, r);
+    float* row = panel.data + r * panel.keys;
+    if (cap > 0) {
+      for (int64_t c = seen.begin; c < seen.end; ++c) row[c] = cap * poly_tanh(row[c] * over_cap);
+    }
+    if (bias) {
+      for (int64_t c = seen.begin; c < seen.end; ++c) row[c] += bias[c] * kLog2e;
+    }
+  }
+}
+
 // Raises offset to the maximum of each row; NaN is ignored here and met again in the sum.
 TOKRED_CLONES void raise_offsets(const PanelView& panel, float* offset) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const int64_t count = seen_keys(panel, r);
-    const float* row = panel.data + r * panel.keys;
+    const Span seen = seen_in(panel, r);
+    if (seen.begin >= seen.end) continue;
+    const float* row = panel.data + r * panel.keys + seen.begin;
+    const int64_t count = seen.end - seen.begin;
     float lanes[kLanes], tail[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = offset[r];
     int64_t c = 0;
@@ -100,8 +120,10 @@ TOKRED_CLONES void raise_offsets(const PanelView& panel, float* offset) {
 // Logits of keys seen become 2^(logit - offset); their sum is added to sum.
 TOKRED_CLONES void exponentiate(const PanelView& panel, const float* offset, float* sum) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const int64_t count = seen_keys(panel, r);
-    float* row = panel.data + r * panel.keys;
+    const Span seen = seen_in(panel, r);
+    if (seen.begin >= seen.end) continue;
+    float* row = panel.data + r * panel.keys + seen.begin;
+    const int64_t count = seen.end - seen.begin;
     // A row of -inf has offset -inf: with 0 in its place the exponentials are 0, not NaN.
     const float minus = offset[r] == -kInf ? 0.f : offset[r];
     float lanes[kLanes] = {}, tail[kLanes];
@@ -130,10 +152,10 @@ template <bool kMax, bool kExp>
 TOKRED_CLONES void add_columns(const PanelView& panel, int64_t first_row, int64_t last_row, const float* offset,
                                const float* factor, float* __restrict columns) {
   for (int64_t r = first_row; r < last_row; ++r) {
-    const int64_t count = seen_keys(panel, r);
+    const Span seen = seen_in(panel, r);
     const float* __restrict row = panel.data + r * panel.keys;
     const float f = factor[r], minus = offset[r];
-    for (int64_t c = 0; c < count; ++c) {
+    for (int64_t c = seen.begin; c < seen.end; ++c) {
       const float p = f * (kExp ? poly_exp2(row[c] - minus) : row[c]);
       const float greater = p > columns[c] ? p : columns[c];
       columns[c] = kMax ? (p == p ? greater : p) : columns[c] + p;
@@ -177,18 +199,20 @@ class Task {
 
   PanelView panel(int64_t p) const {
     float* data = s_.logits.data() + (t_.resident ? p * t_.tile_rows * t_.panel_keys : 0);
-    return {data, t_.panel_keys, num_rows_, p * t_.panel_keys, s_.visible};
+    return {data, t_.panel_keys, num_rows_, p * t_.panel_keys, s_.sees};
   }
 
   void load_rows() {
-    int64_t most = 0;
+    int64_t first = a_.kv_len, end = 0;
     for (int64_t r = 0; r < num_rows_; ++r) {
       s_.offset[r] = -kInf;
       s_.sum[r] = 0.f;
-      s_.visible[r] = a_.num_visible(query(r));
-      most = std::max(most, s_.visible[r]);
+      s_.sees[r] = a_.visible(static_cast<int>(query(r)));
+      first = std::min<int64_t>(first, s_.sees[r].begin);
+      end = std::max<int64_t>(end, s_.sees[r].end);
     }
-    num_seen_ = ceil_div(most, t_.panel_keys);
+    first_panel_ = first / t_.panel_keys;
+    end_panel_ = ceil_div(end, t_.panel_keys);
     const T* q = static_cast<const T*>(a_.q) + b_ * a_.stride_q.batch;
     for (int64_t r = 0; r < t_.tile_rows;) {
       const bool filler = r >= num_rows_;  // rows of zeros
@@ -202,16 +226,19 @@ class Task {
 
   void multiply(int64_t p) {
     const int64_t first = p * t_.panel_keys, present = std::min(t_.panel_keys, a_.kv_len - first);
-    const T* k = static_cast<const T*>(a_.k) + b_ * a_.stride_k.batch + kv_head_ * a_.stride_k.head;
+    const T* k = static_cast<const T*>(a_.k) + b_ * a_.stride_k.batch + kv_head_ / a_.k_repeat * a_.stride_k.head;
     pack_rows(k + first * a_.stride_k.token, a_.stride_k.token, present, a_.head_dim, t_.panel_keys, t_.depth, 1.f,
               s_.k.data());
     gemm_nt(s_.q.data(), s_.k.data(), panel(p).data, t_.tile_rows, t_.panel_keys, t_.depth);
+    if (!a_.adjusted()) return;
+    const float* bias = a_.key_bias ? a_.key_bias + b_ * a_.bias_batch + kv_head_ * a_.bias_head + first : nullptr;
+    adjust(panel(p), a_.softcap * kLog2e, bias);
   }
 
   // After this, offset and sum hold each row's maximum and sum; a resident tile holds its exponentials.
   void sum_rows() {
     float before[kMaxTileRows];
-    for (int64_t p = 0; p < num_seen_; ++p) {
+    for (int64_t p = first_panel_; p < end_panel_; ++p) {
       multiply(p);
       std::copy(s_.offset, s_.offset + num_rows_, before);
       raise_offsets(panel(p), s_.offset);
@@ -222,22 +249,33 @@ class Task {
       exponentiate(panel(p), s_.offset, s_.sum);
     }
     if (!t_.resident) return;
-    for (int64_t p = 0; p < num_seen_; ++p) exponentiate(panel(p), s_.offset, s_.sum);
+    for (int64_t p = first_panel_; p < end_panel_; ++p) exponentiate(panel(p), s_.offset, s_.sum);
+  }
+
+  // Adds the sink to a row's sum. Returns what a resident row's exponentials have to be multiplied with from then on.
+  float add_sink(int64_t r) {
+    const float sink = a_.sink ? a_.sink[head(r)] * kLog2e : -kInf;
+    if (sink == -kInf) return 1.f;
+    const float highest = sink > s_.offset[r] ? sink : s_.offset[r], factor = std::exp2(s_.offset[r] - highest);
+    s_.sum[r] = s_.sum[r] * factor + std::exp2(sink - highest);
+    s_.offset[r] = highest;
+    return factor;
   }
 
   // The lse out, and what the column sums need. A row whose lse is -inf contributes nothing.
   void finish_rows() {
     for (int64_t r = 0; r < num_rows_; ++r) {
       const int64_t h = head(r), i = query(r);
+      const float lowered = add_sink(r);
       float lse = s_.sum[r] == 0.f ? -kInf : kLn2 * s_.offset[r] + std::log(s_.sum[r]);
       if (a_.lse_in) lse = a_.lse_in[b_ * a_.stride_lse_in.batch + h * a_.stride_lse_in.head + i];
       a_.lse[(b_ * a_.num_q_heads + h) * a_.q_len + i] = lse;
       s_.factor[r] = a_.q_weight ? a_.q_weight[b_ * a_.stride_weight.batch + h * a_.stride_weight.head + i] : 1.f;
       if (lse == -kInf) {
-        s_.visible[r] = 0;
+        s_.sees[r] = {};
         s_.factor[r] = 0.f;
       } else if (t_.resident) {
-        s_.factor[r] /= s_.sum[r];
+        s_.factor[r] = s_.factor[r] * lowered / s_.sum[r];
       } else {
         s_.offset[r] = a_.lse_in ? lse * kLog2e : s_.offset[r] + std::log2(s_.sum[r]);
       }
@@ -258,7 +296,7 @@ class Task {
     load_rows();
     if (!a_.lse_in) sum_rows();
     finish_rows();
-    for (int64_t p = 0; p < num_seen_; ++p) {
+    for (int64_t p = first_panel_; p < end_panel_; ++p) {
       if (!t_.resident) multiply(p);
       add_panel(p);
     }
@@ -269,7 +307,7 @@ class Task {
   Scratch& s_;
   const int64_t b_, kv_head_;
   float* const columns_;
-  int64_t first_row_ = 0, num_rows_ = 0, num_seen_ = 0;
+  int64_t first_row_ = 0, num_rows_ = 0, first_panel_ = 0, end_panel_ = 0;
 };
 
 }  // namespace

@@ -20,21 +20,19 @@ struct AttnConfig {
   static constexpr int kRowTiles = kIsFloat || kDim > 128 ? 1 : 2;  // as choose_attn_received_policy says
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kMaxThreads = kIsFloat ? 128 : 256;
+  static constexpr int kBlocksPerSm = kIsFloat && kDim == 128 ? 3 : 2;  // registers for that many
   // n8 tiles multiplied at a time: two where the own rows take many registers, to stay below 128.
   static constexpr int kColTiles = kDim > (kIsFloat ? 128 : 64) && (kIsFloat || kRowTiles == 2 || kDim > 192) ? 2 : 4;
   static constexpr int kChunk = 8 * kColTiles;
   static constexpr int kTile = !kIsFloat ? 64 : kDim > 128 ? 16 : 32;  // streamed rows per stage
   static constexpr int kStride = kDim + 16 / sizeof(T);  // rows 16 bytes apart modulo 128: no bank conflicts
   static constexpr int kStages = 2;  // a tile is multiplied for 1,000 cycles and more: the next one has come by then
-  static constexpr int kOwnRows = kIsFloat ? kMaxThreads / kWarpSize * kRowsPerWarp : 0;
+  static constexpr int kMaxRows = kMaxThreads / kWarpSize * kRowsPerWarp;  // own rows of a block
 };
 
-template <typename T, int kDim>
-struct AttnStorage {
-  using C = AttnConfig<T, kDim>;
-  T tile[C::kStages][C::kTile][C::kStride];
-  float lse[C::kStages][C::kTile], weight[C::kStages][C::kTile];  // pass 2
-  T own[C::kOwnRows + 1][C::kStride];                             // float32: the warps' own rows
+// The keys that some of a number of rows see, and those that all of them see.
+struct Seen {
+  KeySpan any, all;
 };
 
 // The queries or keys of one head.
@@ -45,6 +43,28 @@ struct Rows {
   int count;
 };
 
+template <typename T, int kDim>
+struct AttnStorage {
+  using C = AttnConfig<T, kDim>;
+  T tile[C::kStages][C::kTile][C::kStride];
+  // Beside the streamed tiles. Which keys a query sees is computed once and read where there is something to mask:
+  // registers are few.
+  union {
+    struct {  // pass 1
+      Rows<T> rows;
+      float bias[C::kStages][C::kTile];
+      KeySpan row_sees[C::kMaxRows];
+      Seen warp_sees[C::kMaxThreads / kWarpSize];
+    } keys;
+    struct {  // pass 2
+      float lse[C::kStages][C::kTile], weight[C::kStages][C::kTile];
+      KeySpan sees[C::kStages][C::kTile];
+      float own_bias[C::kMaxRows];
+    } queries;
+  };
+  T own[C::kIsFloat ? C::kMaxRows : 1][C::kStride];  // float32: the warps' own rows
+};
+
 template <typename T>
 __device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t head_idx) {
   const T* q = static_cast<const T*>(a.q) + batch_idx * a.stride_q.batch + head_idx * a.stride_q.head;
@@ -52,7 +72,8 @@ __device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, int64_t batch_id
 }
 template <typename T>
 __device__ inline Rows<T> key_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t kv_head_idx) {
-  const T* k = static_cast<const T*>(a.k) + batch_idx * a.stride_k.batch + kv_head_idx * a.stride_k.head;
+  const int64_t head = kv_head_idx / a.k_repeat;
+  const T* k = static_cast<const T*>(a.k) + batch_idx * a.stride_k.batch + head * a.stride_k.head;
   return {k, a.stride_k.token, static_cast<int>(a.kv_len)};
 }
 

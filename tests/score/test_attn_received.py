@@ -5,6 +5,7 @@ every input dtype: logits of magnitude s carry an error of about s * 2^-24 * sqr
 into a relative one; 2e-5 covers s up to 50."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ def test_floor_by_hand():
     # lse given: one pass, and it is read; causal: 1 + 2 + 3 of 9 pairs
     assert floor(q, k, lse=lse, causal=True) == (16 * (6 + 3) + 24 + 4 * 2 * (3 + 3), 2 * 2 * 6 * 8)
     assert floor(q, k, causal=True, q_start=-1)[1] == 2 * 2 * 2 * (0 + 1 + 2) * 8
+    assert floor(q, k, window=1)[1] == 2 * 2 * 2 * (2 + 3 + 2) * 8
+    assert floor(q, k, window=1, causal=True)[1] == 2 * 2 * 2 * (1 + 2 + 2) * 8
+    extra = {"sink": meta(2, dtype=torch.float32), "key_bias": meta(1, 1, 3, dtype=torch.float32)}
+    assert floor(q, k, **extra)[0] == floor(q, k)[0] + 8 + 12
     # The CPU keeps a block's logits: one pass.
     q, k = torch.empty(1, 1, 2, 4), torch.empty(1, 1, 3, 4)
     assert floor(q, k) == (4 * (8 + 12) + 4 * (3 + 2), 2 * 2 * 3 * 4)
@@ -97,6 +102,124 @@ def test_gqa_equals_repeated_keys(device, dtype, group):
         grouped = check(q, k, causal=causal)
         repeated = check(q, k.repeat_interleave(group, 1), causal=causal)
         assert_close(grouped, repeated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 7, 8, 31, 64, 200, 2**40])
+def test_window(device, dtype, window, causal, simt):
+    if simt and dtype != torch.bfloat16:
+        return
+    q, k = make(device, dtype, 1, (4, 2), 70, 150, 40)
+    received, lse = check(q, k, window=window, causal=causal)
+    if window >= 150:  # no window, to the bit
+        assert_close((received, lse), tokred.attn_received(q, k, causal=causal), rtol=0, atol=0)
+    for start in (-40, 33, 151) if simt else (-40, -3, 0, 33, 149, 151, 400):
+        check(q, k, window=window, causal=causal, q_start=start)
+
+
+@pytest.mark.parametrize("window", [3, 40, 1200])
+def test_window_in_long_keys(device, dtype, window, simt):
+    """A row sees keys of one split, of two, or none of them; on the CPU, of some panels."""
+    q, k = make(device, dtype, 1, (2, 1), 9, 2600 if simt else 40000, 8)
+    for start in (1020,) if simt else (900, 1020, 1024, 2599):
+        check(q, k, window=window, q_start=start)
+        check(q, k, window=window, causal=True, q_start=start, reduce="max")
+
+
+def test_window_edges(device):
+    """Equal logits: a query gives each of the n keys that it sees 1 / n, and its lse is log n."""
+    q, k = torch.zeros(1, 1, 3, 8, device=device), torch.ones(1, 1, 10, 8, device=device)
+    received, lse = tokred.attn_received(q, k, window=2, q_start=1)  # positions 1, 2 and 3 of 0 to 9
+    assert_close(lse[0, 0].exp(), torch.tensor([4.0, 5.0, 5.0], device=device), rtol=1e-6)
+    fourth, fifth = 1 / 4, 1 / 5
+    expected = [fourth + fifth, *3 * [fourth + 2 * fifth], 2 * fifth, fifth, 0, 0, 0, 0]
+    assert_close(received[0, 0], torch.tensor(expected, device=device), rtol=1e-6)
+    received, lse = tokred.attn_received(q, k, window=2, q_start=1, causal=True)
+    assert_close(lse[0, 0].exp(), torch.tensor([2.0, 3.0, 3.0], device=device), rtol=1e-6)
+    expected = [1 / 2 + 1 / 3, 1 / 2 + 2 / 3, 2 / 3, 1 / 3, 0, 0, 0, 0, 0, 0]
+    assert_close(received[0, 0], torch.tensor(expected, device=device), rtol=1e-6)
+    received, lse = tokred.attn_received(q, k, window=0)  # the last three positions: each its own key
+    assert received[0, 0].tolist() == 7 * [0] + 3 * [1]
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0, 1e6])
+def test_softcap(device, dtype, softcap):
+    q, k = make(device, dtype, 2, (4, 2), 45, 130, 64, gain=6)
+    check(q, k, softcap=softcap)
+    check(q, k, softcap=softcap, causal=True, reduce="max")
+    near = 1e-3 * q  # where 1 - exp(-2 x) would lose its digits
+    check(near, k, softcap=softcap)
+    if softcap == 0.5:
+        p = tokred.attn_received(q, k, softcap=softcap, reduce="max")[0]
+        assert p.max() <= math.exp(1) / 130 * (1 + 1e-5)  # logits lie within 1 of each other
+
+
+def test_sink(device, dtype, simt):
+    for kv_len in (0, 20, 1030 if simt else 2100):
+        if simt and kv_len > 20 and dtype != torch.bfloat16:
+            return
+        q, k = make(device, dtype, 1, (4, 2), 9, kv_len, 24)
+        sink = torch.tensor([-3.0, 0.0, 4.0, 90.0], device=device)
+        received, lse = check(q, k, sink=sink)
+        check(q, k, sink=sink, causal=True, reduce="max")
+        assert (lse >= sink[:, None] - 1e-4).all() and (received.sum(-1) < 9).all()
+        none = torch.full((4,), -INF, device=device)
+        assert_close(tokred.attn_received(q, k, sink=none), tokred.attn_received(q, k), rtol=1e-6, atol=0)
+        extended = torch.logaddexp(tokred.attn_received(q, k)[1], sink[:, None])
+        assert_close(tokred.attn_received(q, k, lse=extended)[0], received, rtol=2e-5, atol=1e-6)
+    q, k = make(device, torch.float32, 1, (3, 1), 5, 9, 16)
+    received, lse = tokred.attn_received(q, k, sink=torch.tensor([NAN, INF, 0.0], device=device))
+    assert lse[0, :2].isnan().all() and received[0, :2].isnan().all() and received[0, 2].isfinite().all()
+    # A query that sees no key has its sink alone.
+    received, lse = check(q, k, sink=torch.tensor([1.0, 2.0, 3.0], device=device), causal=True, q_start=-3)
+    assert lse[0, :, :3].tolist() == [3 * [1.0], 3 * [2.0], 3 * [3.0]]
+
+
+@pytest.mark.parametrize("bias_heads", [1, 2, 6])
+def test_key_bias(device, dtype, bias_heads, simt):
+    if simt and dtype == torch.float16:
+        return
+    q, k = make(device, dtype, 2, (6, 2), 21, 70 if simt else 150, 40)
+    bias = torch.randn(2, bias_heads, k.shape[2], device=device)
+    bias[0, 0, ::4] = -INF
+    for causal in (False, True):
+        received, _ = check(q, k, key_bias=bias, causal=causal)
+        assert (received[0, 0, ::4] == 0).all()
+        check(q, k, key_bias=bias, causal=causal, reduce="max")
+        check(q, k, key_bias=bias[:1, :, 5:6].expand(2, bias_heads, k.shape[2]).contiguous(), causal=causal)
+    check(q, k, key_bias=bias[:, :1].expand(2, bias_heads, k.shape[2]), window=9)
+    lse = tokred.attn_received(q, k, key_bias=bias)[1]
+    check(q, k, key_bias=bias, lse=lse)
+
+
+def test_key_bias_is_log_size_and_padding(device):
+    q, k = make(device, torch.float32, 2, (4, 2), 33, 40, 24)
+    size = torch.randint(1, 5, (40,))
+    received, lse = check(q, k, key_bias=size.float().log().expand(2, 1, 40).contiguous().to(device))
+    repeated, lse_repeated = tokred.attn_received(q, k.repeat_interleave(size.to(device), 2))
+    owner = torch.arange(40).repeat_interleave(size).to(device)
+    assert_close(received, torch.zeros_like(received).index_add(2, owner, repeated), rtol=1e-5, atol=1e-6)
+    assert_close(lse, lse_repeated, rtol=1e-5, atol=1e-6)
+    lens = torch.tensor([17, 40], device=device)
+    padding = torch.zeros(2, 1, 40, device=device)
+    padding.masked_fill_(torch.arange(40, device=device) >= lens[:, None, None], -INF)
+    received, lse = check(q, k, key_bias=padding)
+    for b, n in enumerate(lens.tolist()):
+        alone = tokred.attn_received(q[b : b + 1], k[b : b + 1, :, :n])
+        assert_close((received[b : b + 1, :, :n], lse[b : b + 1]), alone, rtol=1e-5, atol=1e-6)
+        assert (received[b, :, n:] == 0).all()
+
+
+def test_bias_of_minus_infinity_for_all(device):
+    q, k = make(device, torch.float32, 2, (4, 2), 33, 70, 24)
+    bias = torch.zeros(2, 1, 70, device=device)
+    bias[1] = -INF
+    received, lse = check(q, k, key_bias=bias)
+    assert (lse[1] == -INF).all() and (received[1] == 0).all() and (lse[0] > -INF).all()
+    bias[0, 0, 5], bias[1, 0, 6] = NAN, INF
+    received, lse = check(q, k, key_bias=bias, window=3, q_start=0)
+    assert lse[0, 0].isnan().nonzero().flatten().tolist() == list(range(2, 9))
+    assert lse[1, 0].isnan().nonzero().flatten().tolist() == list(range(3, 10))
 
 
 @pytest.mark.parametrize("q_start", [-100, -7, 0, 5, 40, 59, 60, 100, 1 << 30, -(1 << 30)])
@@ -251,9 +374,23 @@ def test_any_shape(data):
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     q, k = make(device, dtype, draw(st.integers(0, 2)), (group * kv_heads, kv_heads), q_len, kv_len, head_dim)
     start = draw(st.one_of(st.none(), st.integers(-80, 160)))
-    received, lse = check(q, k, causal=draw(st.booleans()), q_start=start)
-    seeing = (lse > -INF).sum(-1).float()
-    assert_close(received.sum(-1), seeing, rtol=1e-5, atol=1e-5, name="one unit from each query that sees a key")
+    options = {
+        "causal": draw(st.booleans()),
+        "q_start": start,
+        "window": draw(st.one_of(st.none(), st.integers(0, 90))),
+    }
+    options["softcap"] = draw(st.sampled_from([None, 3.0, 50.0]))
+    options["reduce"] = draw(st.sampled_from(["sum", "sum", "max"]))
+    heads = draw(st.sampled_from([None, 1, kv_heads, group * kv_heads]))
+    if heads is not None:
+        options["key_bias"] = torch.randn(q.shape[0], heads, kv_len, device=device).log()  # NaN turns -inf
+        options["key_bias"].nan_to_num_(nan=-INF, neginf=-INF)
+    options["q_weight"] = torch.randn(q.shape[:3], device=device) if draw(st.booleans()) else None
+    options["sink"] = torch.randn(q.shape[1], device=device) if draw(st.booleans()) else None
+    received, lse = check(q, k, **options)
+    if options["q_weight"] is None and options["sink"] is None and options["reduce"] == "sum":
+        seeing = (lse > -INF).sum(-1).float()
+        assert_close(received.sum(-1), seeing, rtol=1e-5, atol=1e-5, name="one unit from each query that sees a key")
 
 
 def test_empty(device):
@@ -289,7 +426,8 @@ def test_autocast_casts_q_and_k_only(device):
 def test_vmap(device):
     q, k = torch.randn(3, 2, 4, 6, 8, device=device), torch.randn(2, 2, 9, 3, 8, device=device)
     weight = torch.rand(2, 4, 6, device=device)
-    for options in ({}, {"q_weight": weight, "causal": True}):
+    bias, sink = torch.randn(2, 1, 9, device=device), torch.randn(4, device=device)
+    for options in ({}, {"q_weight": weight, "causal": True}, {"key_bias": bias, "sink": sink}):
         mapped = torch.vmap(lambda a, b, o=options: tokred.attn_received(a, b, **o), in_dims=(0, 3))(q, k)
         for i in range(3):
             alone = tokred.attn_received(q[i], k[:, :, :, i], **options)
@@ -336,8 +474,28 @@ ERRORS = {
     'expected reduce to be "sum" or "max", got "mean"': lambda q, k, r: tokred.attn_received(q, k, reduce="mean"),
     "expected scale > 0 and finite, got 0": lambda q, k, r: tokred.attn_received(q, k, scale=0.0),
     "expected scale > 0 and finite, got nan": lambda q, k, r: tokred.attn_received(q, k, scale=NAN),
-    "expected q_start within 2^31 - 1024 of zero, got 4294967296": (
-        lambda q, k, r: tokred.attn_received(q, k, causal=True, q_start=2**32)
+    "expected window >= 0, got -1": lambda q, k, r: tokred.attn_received(q, k, window=-1),
+    "expected softcap > 0 and finite, got 0": lambda q, k, r: tokred.attn_received(q, k, softcap=0.0),
+    "expected softcap > 0 and finite, got inf": lambda q, k, r: tokred.attn_received(q, k, softcap=INF),
+    "expected sink of shape [num_q_heads] = [4], got [2, 4]": (
+        lambda q, k, r: tokred.attn_received(q, k, sink=r[..., 0].contiguous())
+    ),
+    "expected sink of dtype float32, got float16": lambda q, k, r: tokred.attn_received(q, k, sink=r[0, :, 0].half()),
+    "expected sink contiguous, got strides [5]": lambda q, k, r: tokred.attn_received(q, k, sink=r[0, :, 0]),
+    "expected sink or lse, not both: a given lse is the whole denominator": (
+        lambda q, k, r: tokred.attn_received(q, k, lse=r, sink=r[0, :, 0].contiguous())
+    ),
+    "expected key_bias of shape [batch_size, heads, kv_len] with batch_size 2 and kv_len 7, got [2, 4, 5]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=r)
+    ),
+    "expected key_bias with 4 (query heads), 2 (kv heads) or 1 heads, got [2, 3, 7]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1)[:, [0, 1, 1]])
+    ),
+    "expected key_bias of dtype float32, got float16": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1).half())
+    ),
+    "expected key_bias contiguous in its last dimension, got strides [14, 1, 2]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1).mT.contiguous().mT)
     ),
 }
 
