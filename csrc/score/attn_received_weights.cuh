@@ -19,9 +19,8 @@ struct ExpSum {
     sum = sum * fast_exp2(peak - base) + other_sum * fast_exp2(other_peak - base);
     peak = highest;
   }
-  // row: of all heads of all batch rows.
-  __device__ void add_sink(const AttnReceivedArgs& a, int64_t row) {
-    if (a.sink) merge(a.sink[row / a.q_len % a.num_q_heads] * kLog2e, 1.f);
+  __device__ void add_sink(const AttnReceivedArgs& a, int64_t head) {
+    if (a.sink) merge(a.sink[head] * kLog2e, 1.f);
   }
   __device__ float lse() const { return sum == 0.f ? -INFINITY : kLn2 * peak + logf(sum); }
 };
