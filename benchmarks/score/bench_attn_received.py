@@ -83,6 +83,65 @@ def by_head(q: Tensor, k: Tensor, *lse: Tensor, **options: Any) -> tuple[Tensor,
     return torch.cat(heads, 1), None
 
 
+PAGE = 16
+
+
+def make_paged(i: int, device: str, dtype: torch.dtype, size: Size) -> tuple[Tensor, ...]:
+    """K in pages of 16 in random order, as a serving cache has it, all of them full."""
+    q, k = make_inputs(i, device, dtype, size)
+    order = torch.randperm(size.batch_size * size.kv_len // PAGE, generator=generator(device, i), device=device)
+    pages = torch.empty(len(order), PAGE, size.num_kv_heads, size.head_dim, dtype=dtype, device=device)
+    pages[order] = k.transpose(1, 2).reshape(pages.shape)
+    return q, pages, order.view(size.batch_size, -1).int()
+
+
+def paged(q: Tensor, pages: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
+    return tokred.attn_received(q, pages, page_table=page_table, causal=True)
+
+
+def call_paged(q: Tensor, pages: Tensor, page_table: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, pages), {"page_table": page_table, "causal": True}
+
+
+def as_dense(pages: Tensor, page_table: Tensor) -> Tensor:
+    return pages[page_table].flatten(1, 2).transpose(1, 2)
+
+
+def eager_paged(q: Tensor, pages: Tensor, page_table: Tensor) -> tuple[Tensor, None]:
+    return eager_causal(q, as_dense(pages, page_table))
+
+
+def by_head_paged(q: Tensor, pages: Tensor, page_table: Tensor) -> tuple[Tensor, None]:
+    return by_head(q, as_dense(pages, page_table), causal=True)
+
+
+def make_packed(i: int, device: str, dtype: torch.dtype, size: Size) -> tuple[Tensor, ...]:
+    """batch_size windows of q_len tokens, packed."""
+    q, k = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in make_inputs(i, device, dtype, size))
+    return q, k, size.q_len * torch.arange(size.batch_size + 1, dtype=torch.int32, device=device)
+
+
+def call_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, k), {"cu_seqlens": cu_seqlens, "max_seqlen": 64}
+
+
+def packed(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokred.attn_received(q, k, cu_seqlens=cu_seqlens, max_seqlen=64)
+
+
+def windows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """All windows are of one length, which eager mode needs."""
+    return x.unflatten(0, (cu_seqlens.shape[0] - 1, -1)).transpose(1, 2)
+
+
+def eager_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, None]:
+    return eager(windows(q, cu_seqlens), windows(k, cu_seqlens))[0].transpose(0, 1).flatten(1), None
+
+
+def by_head_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, None]:
+    return by_head(windows(q, cu_seqlens), windows(k, cu_seqlens))[0].transpose(0, 1).flatten(1), None
+
+
 def received(out: tuple[Tensor, Tensor | None], *inputs: object) -> Tensor:
     return out[0]
 
@@ -90,7 +149,8 @@ def received(out: tuple[Tensor, Tensor | None], *inputs: object) -> Tensor:
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     """Yield the rows of this benchmark."""
     cuda = device == "cuda"
-    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP
+    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP; Qwen2.5-VL's 8x8 windows of an
+    # image of 1344 x 1008
     sizes: list[tuple[str, torch.dtype, Size, float | None]] = [
         ("", F32, Size(1, 16, 16, 577, 577, 64), 1.2),
         ("", F32, Size(1, 32, 32, 2880, 2880, 128), 2.0),
@@ -99,6 +159,8 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
         ("", BF16, Size(1, 16, 16, 729, 729, 72), None),
         ("", BF16, Size(8, 16, 16, 1, 577, 64), None),
         ("lse", F32, Size(1, 16, 16, 577, 577, 64), None),
+        ("paged", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
+        ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
     ]
     if cuda:
         sizes = [
@@ -109,10 +171,13 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             ("", BF16, Size(1, 32, 8, 64, 131072, 128), None),
             ("causal", BF16, Size(1, 32, 32, 8192, 8192, 128), None),
             ("", F32, Size(1, 16, 16, 577, 577, 64), None),
+            ("paged", BF16, Size(1, 32, 8, 64, 131072, 128), None),
+            ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
         ]
     if smoke:
         tiny = Size(1, 2, 1, 20, 40, 16)
         sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
+        sizes += [("paged", F32, Size(1, 2, 1, 20, 48, 16), None), ("packed", F32, Size(3, 2, 2, 20, 20, 16), None)]
     forms: dict[str, dict[str, Any]] = {
         "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
         "lse": {"run": {"tokred": with_lse, "eager exp": eager_with_lse}, "call": call_with_lse},
@@ -121,18 +186,29 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "call": call_causal,
             "reference": partial(by_head, causal=True),
         },
+        "paged": {
+            "run": {"tokred": paged, "gather+eager softmax": eager_paged},
+            "call": call_paged,
+            "reference": by_head_paged,
+        },
+        "packed": {
+            "run": {"tokred": packed, "eager softmax": eager_packed},
+            "call": call_packed,
+            "reference": by_head_packed,
+        },
     }
+    makers = {"lse": make_with_lse, "paged": make_paged, "packed": make_packed}
     for kind, dtype, size, reach in sizes:
         b, hq, hkv, q_len, kv_len, head_dim = size
         yield Case(
             op="attn_received",
             name=f"B{b} H{hq}/{hkv} q{q_len} k{kv_len} d{head_dim}{' ' * bool(kind)}{kind}",
             dtype=dtype_word(dtype),
-            make=partial(make_with_lse if kind == "lse" else make_inputs, device=device, dtype=dtype, size=size),
+            make=partial(makers.get(kind, make_inputs), device=device, dtype=dtype, size=size),
             **{"reference": by_head, "compare": received, **forms[kind]},
             compiled=("eager softmax",) if not kind and q_len == 577 and (b > 1 or not cuda) else (),
             # Eager rounds bfloat16 logits to 8 bits before the softmax; the sums average that out.
             tolerance=(1e-4, 1e-5) if dtype == F32 else (5e-2, 5e-3),
             reach=reach,
-            core=cuda,
+            core=cuda and dtype == BF16,
         )

@@ -9,114 +9,136 @@
 // (column sums, head after head). Nothing meets in memory: no atomics, and the order of additions is fixed. The queries
 // of a group of heads are rows side by side, so K is read once for all of them. Pass 1 cuts the keys into splits of
 // fixed length.
-#include "score/attn_received_tiles.cuh"
+#include "score/attn_received_weights.cuh"
 
 #include <initializer_list>
 
 namespace tokred {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
-// sum * 2^peak is a sum of exponentials, 2^-inf of which is 0 for an empty one. NaN shows in the sum.
-struct ExpSum {
-  float peak = -INFINITY, sum = 0.f;
-
-  __device__ static float safe(float peak) { return peak == -INFINITY ? 0.f : peak; }  // -inf - -inf would be NaN
-  __device__ void merge(float other_peak, float other_sum) {
-    const float highest = fmaxf(peak, other_peak), base = safe(highest);
-    sum = sum * fast_exp2(peak - base) + other_sum * fast_exp2(other_peak - base);
-    peak = highest;
-  }
-  __device__ float lse() const { return sum == 0.f ? -INFINITY : kLn2 * peak + logf(sum); }
-};
-
-template <int kWidth>
-__device__ inline void warp_merge(ExpSum& x) {  // valid in every lane
-#pragma unroll
-  for (int offset = kWidth / 2; offset > 0; offset /= 2) {
-    const float peak = __shfl_xor_sync(kFullMask, x.peak, offset), sum = __shfl_xor_sync(kFullMask, x.sum, offset);
-    x.merge(peak, sum);
-  }
+// By the rows [first, last] of a group; exact within one head.
+__device__ inline Seen seen_by(const AttnSequence& s, int first, int last) {
+  const bool one_head = first / s.q_len == last / s.q_len;
+  const KeySpan low = s.visible(one_head ? first % s.q_len : 0),
+                high = s.visible(one_head ? last % s.q_len : s.q_len - 1);
+  return {{low.begin, high.end}, {high.begin, low.end}};
 }
 
-// How many keys the rows [first, last] of a group see: at least, at most.
-struct Seen {
-  int least, most;
-};
-__device__ inline Seen seen_by(const AttnReceivedArgs& a, int first, int last) {
-  const int q_len = static_cast<int>(a.q_len);
-  const bool one_head = first / q_len == last / q_len;
-  return {static_cast<int>(a.num_visible(one_head ? first % q_len : 0)),
-          static_cast<int>(a.num_visible(one_head ? last % q_len : q_len - 1))};
+// Peak and sum of one row's exponentials over one split.
+__device__ inline float* partial_sums(const AttnReceivedArgs& a, const AttnSequence& s, int64_t kv_head, int split,
+                                      int row, int num_rows) {
+  const int64_t plane = s.batch * a.num_kv_heads + kv_head;
+  return a.partial + 2 * (plane * a.partial_plane() + a.partial_begin(s) + int64_t{split} * num_rows + row);
 }
 
 // Pass 1. A block takes warps * kRowsPerWarp rows of a group and one split of the keys.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
-    attn_lse_kernel(const AttnReceivedArgs args, int row_blocks, int num_splits, int split_keys, bool aligned) {
+__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T, kDim>::kBlocksPerSm)
+    attn_lse_kernel(const AttnReceivedArgs args, const AttnBlocks blocks, bool aligned) {
   using C = AttnConfig<T, kDim>;
   using S = AttnStorage<T, kDim>;
   TOKRED_SHARED(S, shared);
-  const int num_rows = static_cast<int>(args.rows()), head_dim = static_cast<int>(args.head_dim);
-  // Causal: the last rows see the most keys and start first.
-  const int row_block = row_blocks - 1 - static_cast<int>(blockIdx.x % static_cast<unsigned>(row_blocks));
-  const int rest = static_cast<int>(blockIdx.x / static_cast<unsigned>(row_blocks));
-  const int split = rest % num_splits, head = rest / num_splits;
-  const int num_kv_heads = static_cast<int>(args.num_kv_heads);
-  const int batch_idx = head / num_kv_heads, kv_head_idx = head % num_kv_heads;
-
+  const AttnPlace place = locate(args, blocks);
+  const AttnSequence s = place.sequence;
+  const int kv_head = place.kv_head, head_dim = static_cast<int>(args.head_dim);
+  const int num_rows = static_cast<int>(args.group()) * s.q_len;
+  const AttnSplits splits = args.splits(num_rows, s.kv_len);
   const int block_rows = num_threads_in_block() / kWarpSize * C::kRowsPerWarp;
-  const int block_row = row_block * block_rows, row0 = block_row + warp_index() * C::kRowsPerWarp;
-  const int last_of_block = min(block_row + block_rows, num_rows) - 1;
-  const int begin = split * split_keys;
-  const int end = begin + min(split_keys, seen_by(args, block_row, last_of_block).most - begin);
+  const int row_blocks = ceil_div(num_rows, block_rows);
+  if (place.index < 0 || place.index >= row_blocks * splits.num) return;  // the whole block
+  // Causal: the last rows see the most keys and start first.
+  const int block_row = (row_blocks - 1 - place.index % row_blocks) * block_rows, split = place.index / row_blocks;
+  const int row0 = block_row + warp_index() * C::kRowsPerWarp;
+  const KeySpan of_block = seen_by(s, block_row, min(block_row + block_rows, num_rows) - 1).any;
+  // In whole chunks from the first key on, so that a row's sums do not depend on the rows beside it.
+  const int begin = max(split * splits.keys, of_block.begin / C::kChunk * C::kChunk);
+  const int end = split * splits.keys + min(splits.keys, of_block.end - split * splits.keys);
   const int num_tiles = ceil_div(max(end - begin, 0), C::kTile);
-  Seen seen{0, 0};  // by the warp's rows; rows past the last are not written, so they need no mask
-  if (row0 < num_rows) seen = seen_by(args, row0, min(row0 + C::kRowsPerWarp, num_rows) - 1);
-  seen.most = min(seen.most, end);
-
-  const auto issue = [&](int i) {
-    const Rows<T> keys = key_rows<T>(args, batch_idx, kv_head_idx);
-    block_load_tile<T, kDim>(shared.tile[i % C::kStages], keys, begin + i * C::kTile, head_dim, aligned);
-  };
-#pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) {
-    if (i < num_tiles) issue(i);
-    cp_async_commit();
+  if (lane_index() == 0) {  // rows past the last are not written, so they need no mask
+    Seen seen{};
+    if (row0 < num_rows) seen = seen_by(s, row0, min(row0 + C::kRowsPerWarp, num_rows) - 1);
+    seen.any.end = min(seen.any.end, end);
+    shared.keys.warp_sees[warp_index()] = seen;
   }
+  for (int r = lane_index(); r < C::kRowsPerWarp; r += kWarpSize) {
+    shared.keys.row_sees[warp_index() * C::kRowsPerWarp + r] = s.visible((row0 + r) % s.q_len);
+  }
+  if (thread_rank() == 0) {
+    shared.place = place;
+    const T* keys = keys_of_head<T>(args, s, kv_head);
+    shared.keys.rows = {keys + (args.page_table ? 0 : s.k_begin * args.stride_k.token), args.stride_k.token, s.kv_len};
+  }
+  // Where the rows of a tile are, one tile ahead of their copies.
+  const auto look_up = [&](int i) {
+    const int r = thread_rank(), key = begin + i * C::kTile + r;  // the block has at least kTile threads
+    if (!args.page_table || r >= C::kTile) return;
+    const AttnSequence& of = shared.place.sequence;
+    shared.keys.offset[i % C::kStages][r] = key < of.kv_len ? args.key_row(of, key) : -1;
+  };
+  const auto issue = [&](int i) {
+    const int stage = i % C::kStages, first = begin + i * C::kTile, r = thread_rank();
+    const int64_t* offset = args.page_table ? shared.keys.offset[stage] : nullptr;
+    block_load_tile<T, kDim>(shared.tile[stage], shared.keys.rows, first, offset, head_dim, aligned);
+    if (r >= C::kTile) return;
+    if (offset) shared.keys.absent[stage][r] = offset[r] < 0;
+    if (!args.key_bias) return;
+    const AttnSequence& of = shared.place.sequence;
+    const bool valid = first + r < of.kv_len;
+    const float* bias = args.key_bias + of.batch * args.bias_batch + shared.place.kv_head * args.bias_head + of.k_begin;
+    cp_async_4(&shared.keys.bias[stage][r], bias + (valid ? first + r : 0), valid);
+  };
+  __syncthreads();  // the sequence is there
+  if (args.page_table) {
+    look_up(0);
+    __syncthreads();
+  }
+  if (num_tiles > 0) issue(0);
+  cp_async_commit();
+  look_up(1);
   OwnRows<T, kDim> own;
   const int g = lane_index() / 4, t = lane_index() % 4;
   own.load(
       shared,
       [&](int r) -> const T* {
         if (row0 + r >= num_rows) return nullptr;
-        const int head_in_group = (row0 + r) / static_cast<int>(args.q_len);
-        const Rows<T> q = query_rows<T>(args, batch_idx, kv_head_idx * args.group() + head_in_group);
-        return q.data + (row0 + r) % static_cast<int>(args.q_len) * q.stride;
+        const Rows<T> q = query_rows<T>(args, s, kv_head * args.group() + (row0 + r) / s.q_len);
+        return q.data + (row0 + r) % s.q_len * q.stride;
       },
       head_dim, aligned);
 
-  const float scale = args.scale * kLog2e;
   ExpSum rows[2 * C::kRowTiles];
   for (int i = 0; i < num_tiles; ++i) {
-    cp_async_wait<C::kStages - 2>();
+    cp_async_wait<0>();
     __syncthreads();  // tile i is there, and tile i - 1 is read by all
-    if (i + C::kStages - 1 < num_tiles) issue(i + C::kStages - 1);
+    if (i + 1 < num_tiles) issue(i + 1);
     cp_async_commit();
+    look_up(i + 2);
     for (int c = 0; c < C::kTile; c += C::kChunk) {
       const int key0 = begin + i * C::kTile + c;
-      if (key0 >= seen.most) break;
+      const KeySpan any = shared.keys.warp_sees[warp_index()].any;
+      if (key0 >= any.end) break;
+      if (key0 + C::kChunk <= any.begin) continue;
       float acc[C::kRowTiles][C::kColTiles][4];
       warp_multiply<T, kDim>(acc, own, shared.tile[i % C::kStages] + c);
-      if (key0 + C::kChunk > seen.least) {
+      if (args.adjusted()) {
+        const float* bias = args.key_bias ? shared.keys.bias[i % C::kStages] + c + 2 * t : nullptr;
+        thread_adjust(acc, args.scale, args.softcap, bias, [](int, int i) { return 8 * (i / 2) + i % 2; });
+      }
+      const KeySpan all = shared.keys.warp_sees[warp_index()].all;
+      unsigned absent = 0;  // a bit for each key of the chunk
+      if (args.page_table) {
+        const bool mine = lane_index() < C::kChunk && shared.keys.absent[i % C::kStages][c + lane_index() % C::kChunk];
+        absent = __ballot_sync(kFullMask, mine);
+      }
+      if (absent || key0 < all.begin || key0 + C::kChunk > all.end) {
 #pragma unroll
         for (int r = 0; r < 2 * C::kRowTiles; ++r) {
-          const int visible = static_cast<int>(args.num_visible((row0 + 8 * r + g) % static_cast<int>(args.q_len)));
+          const KeySpan span = shared.keys.row_sees[warp_index() * C::kRowsPerWarp + 8 * r + g];
 #pragma unroll
           for (int i = 0; i < 2 * C::kColTiles; ++i) {
+            const int column = 8 * (i / 2) + 2 * t + i % 2;
             float& x = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-            x = key0 + 8 * (i / 2) + 2 * t + i % 2 < visible ? x : -INFINITY;
+            x = span.has(key0 + column) && !(absent >> column & 1) ? x : -INFINITY;
           }
         }
       }
@@ -125,26 +147,29 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
         float highest = -INFINITY;
 #pragma unroll
         for (int i = 0; i < 2 * C::kColTiles; ++i) highest = fmaxf(highest, acc[r / 2][i / 2][2 * (r % 2) + i % 2]);
-        const float peak = fmaxf(rows[r].peak, highest * scale), base = ExpSum::safe(peak);
+        const float peak = fmaxf(rows[r].peak, highest * args.exponent_scale), base = ExpSum::safe(peak);
         float sum = rows[r].sum * fast_exp2(rows[r].peak - base);
 #pragma unroll
         for (int i = 0; i < 2 * C::kColTiles; ++i) {
-          sum += fast_exp2(acc[r / 2][i / 2][2 * (r % 2) + i % 2] * scale - base);
+          sum += fast_exp2(acc[r / 2][i / 2][2 * (r % 2) + i % 2] * args.exponent_scale - base);
         }
         rows[r].peak = peak;
         rows[r].sum = sum;
       }
     }
   }
+  const AttnSequence of = shared.place.sequence;
 #pragma unroll
   for (int r = 0; r < 2 * C::kRowTiles; ++r) {
     warp_merge<4>(rows[r]);
     const int row = row0 + 8 * r + g;
     if (t != 0 || row >= num_rows) continue;
-    if (num_splits == 1) {
-      args.lse[int64_t{head} * num_rows + row] = rows[r].lse();
+    if (splits.num == 1) {
+      const int64_t head = shared.place.kv_head * args.group() + row / of.q_len;
+      rows[r].add_sink(args, head);
+      args.lse[(of.batch * args.num_q_heads + head) * args.q_len + of.q_begin + row % of.q_len] = rows[r].lse();
     } else {
-      float* out = args.partial + ((int64_t{head} * num_splits + split) * num_rows + row) * 2;
+      float* out = partial_sums(args, of, shared.place.kv_head, split, row, num_rows);
       out[0] = rows[r].peak;
       out[1] = rows[r].sum;
     }
@@ -152,135 +177,94 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
 }
 
 // The lse from the sums of all splits: a warp per row.
-__global__ void combine_lse_kernel(const AttnReceivedArgs args, int num_splits) {
-  const int64_t num_rows = args.rows();
+__global__ void combine_lse_kernel(const AttnReceivedArgs args) {
   const int64_t i = int64_t{blockIdx.x} * (num_threads_in_block() / kWarpSize) + warp_index();
-  if (i >= args.batch_size * args.num_kv_heads * num_rows) return;  // the whole warp
-  const int64_t head = i / num_rows, row = i % num_rows;
+  if (i >= args.batch_dim() * args.num_q_heads * args.q_len) return;  // the whole warp
+  const int64_t head = i / args.q_len % args.num_q_heads, query = i % args.q_len;
+  int64_t b = i / args.q_len / args.num_q_heads;
+  if (args.packed())
+    b = warp_search(static_cast<int>(args.batch_size), query, [&](int at) { return args.cu_seqlens[at]; });
+  const AttnSequence s = args.sequence(b);
+  const int num_rows = static_cast<int>(args.group()) * s.q_len;
+  const int row = static_cast<int>(head % args.group() * s.q_len + query - s.q_begin);
+  const AttnSplits splits = args.splits(num_rows, s.kv_len);
+  if (splits.num == 1 || row < 0 || row >= num_rows) return;  // pass 1 has written it
   ExpSum total;
-  for (int split = lane_index(); split < num_splits; split += kWarpSize) {
-    const float* part = args.partial + ((head * num_splits + split) * num_rows + row) * 2;
+  for (int split = lane_index(); split < splits.num; split += kWarpSize) {
+    const float* part = partial_sums(args, s, head / args.group(), split, row, num_rows);
     total.merge(part[0], part[1]);
   }
   warp_merge<kWarpSize>(total);
+  total.add_sink(args, head);
   if (lane_index() == 0) args.lse[i] = total.lse();
 }
 
 __global__ void copy_lse_kernel(const AttnReceivedArgs args) {
   const int64_t i = int64_t{blockIdx.x} * num_threads_in_block() + thread_rank();
-  if (i >= args.batch_size * args.num_q_heads * args.q_len) return;
+  if (i >= args.batch_dim() * args.num_q_heads * args.q_len) return;
   const int64_t head = i / args.q_len, batch_idx = head / args.num_q_heads, head_idx = head % args.num_q_heads;
   args.lse[i] = args.lse_in[batch_idx * args.stride_lse_in.batch + head_idx * args.stride_lse_in.head + i % args.q_len];
 }
 
-// NaN if either is.
-__device__ inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
-
-// Products q k become the weights that the chunk's queries, columns of acc, give to the warp's keys. 0 from a query
-// whose lse is -inf, and to keys from visible(column) on where masked says that there may be some. One instruction or
-// two per weight next to its exponential: all that is rare or the same in the whole warp stays out of the loop.
-template <int kRowTiles, int kColTiles, typename Visible>
-__device__ inline void thread_weigh(float (&acc)[kRowTiles][kColTiles][4], const float* lse, const float* weight,
-                                    bool weighted, float scale, bool masked, int key0, const Visible& visible) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  bool check = masked;
-#pragma unroll
-  for (int i = 0; i < 2 * kColTiles; ++i) {
-    const float from = lse[8 * (i / 2) + 2 * t + i % 2];
-    check = check || from == -INFINITY;
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) {
-      float& x = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-      x = fast_exp2(x * scale - from * kLog2e);
-    }
-  }
-  if (weighted) {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-      const float factor = weight[8 * (i / 2) + 2 * t + i % 2];
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) acc[r / 2][i / 2][2 * (r % 2) + i % 2] *= factor;
-    }
-  }
-  if (!check) return;
-#pragma unroll
-  for (int i = 0; i < 2 * kColTiles; ++i) {
-    const int column = 8 * (i / 2) + 2 * t + i % 2, end = lse[column] == -INFINITY ? 0 : visible(column);
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) {
-      if (key0 + 8 * r + g >= end) acc[r / 2][i / 2][2 * (r % 2) + i % 2] = 0.f;
-    }
-  }
-}
-
-template <int kRowTiles, int kColTiles>
-__device__ inline void thread_add(const float (&acc)[kRowTiles][kColTiles][4], bool max_reduce,
-                                  float (&total)[2 * kRowTiles]) {
-  if (max_reduce) {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) {
-        total[r] = max_nan(total[r], acc[r / 2][i / 2][2 * (r % 2) + i % 2]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2 * kColTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) total[r] += acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-    }
-  }
-}
-
 // Pass 2. A block takes warps * kRowsPerWarp keys and all queries of the group that see one of them.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
-    attn_received_kernel(const AttnReceivedArgs args, int key_blocks, bool aligned) {
+__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T, kDim>::kBlocksPerSm)
+    attn_received_kernel(const AttnReceivedArgs args, const AttnBlocks blocks, bool aligned) {
   using C = AttnConfig<T, kDim>;
   using S = AttnStorage<T, kDim>;
   TOKRED_SHARED(S, shared);
-  const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
-  const int head_dim = static_cast<int>(args.head_dim), q_start = static_cast<int>(args.q_start);
-  const int key_block = static_cast<int>(blockIdx.x % static_cast<unsigned>(key_blocks));
-  const int64_t head = blockIdx.x / static_cast<unsigned>(key_blocks);
-  const int64_t batch_idx = head / args.num_kv_heads, kv_head_idx = head % args.num_kv_heads;
-  const int64_t first_head = kv_head_idx * args.group();
-
-  const int block_key = key_block * (num_threads_in_block() / kWarpSize) * C::kRowsPerWarp;
-  const int key0 = block_key + warp_index() * C::kRowsPerWarp;
-  // The first query that sees the block's first key.
-  const int64_t first_seeing = args.causal ? int64_t{block_key} - q_start : 0;
-  const int q_begin = static_cast<int>(min(max(first_seeing, int64_t{0}), int64_t{q_len}));
-  const int tiles_per_head = ceil_div(q_len - q_begin, C::kTile);
-  const int num_tiles = tiles_per_head * static_cast<int>(args.group());
+  const AttnPlace place = locate(args, blocks);
+  const AttnSequence s = place.sequence;
+  const int head_dim = static_cast<int>(args.head_dim), group = static_cast<int>(args.group());
+  const int kv_head = place.kv_head;
+  // Paged: received has kv_len columns for each sequence, and those past its own keys are 0.
+  const int num_columns = args.packed() ? s.kv_len : static_cast<int>(args.kv_len);
+  const int block_keys = num_threads_in_block() / kWarpSize * C::kRowsPerWarp;
+  const int block_key = place.index * block_keys, key0 = block_key + warp_index() * C::kRowsPerWarp;
+  if (place.index < 0 || int64_t{place.index} * block_keys >= num_columns) return;  // the whole block
+  // The queries that see one of the block's keys. In eights from the first query on, as fragments have them, so that a
+  // key's sums do not depend on the keys beside it.
+  const int q_begin = min(max(block_key - s.band.end + 1, 0), s.q_len) / 8 * 8;
+  const int q_end =
+      block_key >= s.kv_len ? 0 : min(max(min(block_key + block_keys, s.kv_len) - s.band.first, 0), s.q_len);
+  const int tiles_per_head = ceil_div(max(q_end - q_begin, 0), C::kTile);
+  const int num_tiles = tiles_per_head * group;
+  if (thread_rank() == 0) shared.place = place;
+  if (args.key_bias && thread_rank() < block_keys) {
+    const int key = block_key + thread_rank();
+    const float* bias = args.key_bias + s.batch * args.bias_batch + kv_head * args.bias_head + s.k_begin;
+    shared.queries.own_bias[thread_rank()] = key < s.kv_len ? bias[key] : 0.f;
+  }
+  __syncthreads();
 
   const auto issue = [&](int i) {
+    const AttnSequence of = shared.place.sequence;
     const int stage = i % C::kStages, q0 = q_begin + i % tiles_per_head * C::kTile;
-    const int64_t head_idx = first_head + i / tiles_per_head;
-    block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(args, batch_idx, head_idx), q0, head_dim, aligned);
+    const int head = shared.place.kv_head * group + i / tiles_per_head;
+    block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(args, of, head), q0, nullptr, head_dim, aligned);
     const int r = thread_rank();  // the block has at least kTile threads
     if (r >= C::kTile) return;
-    const bool valid = q0 + r < q_len;
-    const int64_t query = valid ? q0 + r : 0;
-    cp_async_4(&shared.lse[stage][r], args.lse + (batch_idx * args.num_q_heads + head_idx) * q_len + query, valid);
+    const bool valid = q0 + r < q_end;
+    const int64_t query = of.q_begin + (valid ? q0 + r : 0);
+    shared.queries.sees[stage][r] = valid ? of.visible(q0 + r) : KeySpan{0, 0};
+    const float* lse = args.lse + (of.batch * args.num_q_heads + head) * args.q_len;
+    cp_async_4(&shared.queries.lse[stage][r], lse + query, valid);
     if (!args.q_weight) return;
-    const int64_t offset = batch_idx * args.stride_weight.batch + head_idx * args.stride_weight.head;
-    cp_async_4(&shared.weight[stage][r], args.q_weight + offset + query, valid);
+    const int64_t offset = of.batch * args.stride_weight.batch + head * args.stride_weight.head;
+    cp_async_4(&shared.queries.weight[stage][r], args.q_weight + offset + query, valid);
   };
-#pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) {
-    if (i < num_tiles) issue(i);
-    cp_async_commit();
-  }
+  if (num_tiles > 0) issue(0);
+  cp_async_commit();
   OwnRows<T, kDim> own;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const Rows<T> keys = key_rows<T>(args, batch_idx, kv_head_idx);
   own.load(
-      shared, [&](int r) { return key0 + r < kv_len ? keys.data + (key0 + r) * keys.stride : nullptr; }, head_dim,
-      aligned);
+      shared,
+      [&](int r) -> const T* {
+        const int64_t row = key0 + r < s.kv_len ? args.key_row(s, key0 + r) : -1;
+        return row < 0 ? nullptr : keys_of_head<T>(args, s, kv_head) + row;
+      },
+      head_dim, aligned);
 
-  const float scale = args.scale * kLog2e;
   float total[2 * C::kRowTiles] = {};
   const auto write = [&](int head_in_group) {  // the head's sums, and start the next
 #pragma unroll
@@ -288,76 +272,84 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, 2)
       float x = total[r];
       x = args.max_reduce ? warp_reduce<4>(x, [](float a, float b) { return max_nan(a, b); }) : warp_sum<4>(x);
       const int key = key0 + 8 * r + g;
-      if (t == 0 && key < kv_len) {
-        args.received[(batch_idx * args.num_q_heads + first_head + head_in_group) * kv_len + key] = x;
+      const AttnSequence of = shared.place.sequence;
+      if (t == 0 && key < (args.packed() ? of.kv_len : args.kv_len)) {
+        // What no query sees has gathered something if it shares its block with keys that are seen.
+        if (key >= of.kv_len || (args.page_table && args.key_row(of, key) < 0)) x = 0.f;
+        const int64_t head = of.batch * args.num_q_heads + shared.place.kv_head * group + head_in_group;
+        args.received[head * args.kv_len + of.k_begin + key] = x;
       }
       total[r] = 0.f;
     }
   };
   for (int i = 0; i < num_tiles; ++i) {
-    cp_async_wait<C::kStages - 2>();
+    cp_async_wait<0>();
     __syncthreads();  // tile i is there, and tile i - 1 is read by all
-    if (i + C::kStages - 1 < num_tiles) issue(i + C::kStages - 1);
+    if (i + 1 < num_tiles) issue(i + 1);
     cp_async_commit();
     const int stage = i % C::kStages, tile_q = q_begin + i % tiles_per_head * C::kTile;
-    for (int c = 0; c < C::kTile && key0 < kv_len; c += C::kChunk) {
-      const int q0 = tile_q + c, q_end = min(q0 + C::kChunk, q_len);
-      if (q0 >= q_len) break;
-      if (args.causal && int64_t{q_start} + q_end - 1 < key0) continue;
+    for (int c = 0; c < C::kTile && key0 < shared.place.sequence.kv_len; c += C::kChunk) {
+      const int q0 = tile_q + c, last_key = key0 + C::kRowsPerWarp - 1;
+      if (q0 >= q_end) break;
+      const int last_q = q0 + C::kChunk - 1;
+      const Band band = shared.place.sequence.band;
+      if (last_q + band.end <= key0 || q0 + band.first > last_key) continue;
       float acc[C::kRowTiles][C::kColTiles][4];
       warp_multiply<T, kDim>(acc, own, shared.tile[stage] + c);
-      const bool masked = q0 + C::kChunk > q_len || (args.causal && int64_t{q_start} + q0 < key0 + C::kRowsPerWarp - 1);
-      // Keys before this one are seen by query c + column of the tile; none where there is no query.
-      const auto visible = [&](int column) {
-        const int query = q0 + column;
-        return query >= q_len ? 0 : args.causal ? static_cast<int>(args.num_visible(query)) : kv_len;
-      };
-      thread_weigh<C::kRowTiles>(acc, &shared.lse[stage][c], &shared.weight[stage][c], args.q_weight != nullptr, scale,
-                                 masked, key0, visible);
+      if (args.adjusted()) {
+        const float* bias = args.key_bias ? shared.queries.own_bias + warp_index() * C::kRowsPerWarp + g : nullptr;
+        thread_adjust(acc, args.scale, args.softcap, bias, [](int r, int) { return 8 * r; });
+      }
+      const bool masked = last_q >= q_end || q0 + band.end <= last_key || last_q + band.first > key0;
+      thread_weigh<C::kRowTiles>(acc, &shared.queries.lse[stage][c], &shared.queries.weight[stage][c],
+                                 args.q_weight != nullptr, args.exponent_scale, masked, key0,
+                                 &shared.queries.sees[stage][c]);
       thread_add<C::kRowTiles>(acc, args.max_reduce, total);
     }
     if (i % tiles_per_head == tiles_per_head - 1) write(i / tiles_per_head);
   }
   if (num_tiles == 0) {
-    for (int h = 0; h < static_cast<int>(args.group()); ++h) write(h);
+    for (int h = 0; h < group; ++h) write(h);
   }
 }
 
 template <typename T>
-bool is_aligned(const void* data, const AttnReceivedStrides& stride, int64_t batch_size, int64_t heads,
-                int64_t tokens) {
-  const int64_t strides =
-      (batch_size > 1 ? stride.batch : 0) | (heads > 1 ? stride.head : 0) | (tokens > 1 ? stride.token : 0);
-  return (reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(strides) * sizeof(T)) % 16 == 0;
+bool is_aligned(const void* data, std::initializer_list<int64_t> strides) {
+  uint64_t all = reinterpret_cast<uint64_t>(data);
+  for (const int64_t stride : strides) all |= static_cast<uint64_t>(stride) * sizeof(T);
+  return all % 16 == 0;
 }
 
 template <typename T, int kDim>
 int launch_passes(const AttnReceivedArgs& a, CUstream_st* stream) {
   using C = AttnConfig<T, kDim>;
-  const auto policy = choose_attn_received_policy(a.rows(), a.kv_len, a.head_dim, a.dtype);
+  const auto policy = choose_attn_received_policy(a);
   if (policy.rows_per_warp != C::kRowsPerWarp) return cudaErrorInvalidValue;
-  const bool aligned = a.head_dim * sizeof(T) % 16 == 0 &&
-                       is_aligned<T>(a.q, a.stride_q, a.batch_size, a.num_q_heads, a.q_len) &&
-                       is_aligned<T>(a.k, a.stride_k, a.batch_size, a.num_kv_heads, a.kv_len);
-  const int64_t heads = a.batch_size * a.num_kv_heads, rows = heads * a.rows();
-  const auto blocks = [](int64_t n) { return dim3(static_cast<unsigned>(n)); };
+  const auto if_many = [](int64_t count, int64_t stride) { return count > 1 ? stride : 0; };
+  const bool aligned =
+      a.head_dim * sizeof(T) % 16 == 0 &&
+      is_aligned<T>(a.q, {if_many(a.batch_size, a.stride_q.batch), if_many(a.num_q_heads, a.stride_q.head),
+                          if_many(a.q_len, a.stride_q.token)}) &&
+      is_aligned<T>(a.k, {if_many(a.batch_size, a.stride_k.batch), if_many(a.num_kv_heads, a.stride_k.head),
+                          if_many(a.kv_len, a.stride_k.token), if_many(a.num_pages, a.stride_page)});
+  const int64_t heads = a.batch_dim() * a.num_kv_heads, rows = a.batch_dim() * a.num_q_heads * a.q_len;
+  const auto grid = [](int64_t n) { return dim3(static_cast<unsigned>(n)); };
+  const int shared_bytes = static_cast<int>(sizeof(AttnStorage<T, kDim>));
   int error = cudaSuccess;
   if (a.lse_in) {
-    error = launch(copy_lse_kernel, blocks(ceil_div<int64_t>(rows, 256)), 256, 0, stream, a);
+    error = launch(copy_lse_kernel, grid(ceil_div<int64_t>(rows, 256)), 256, 0, stream, a);
   } else {
-    const int64_t row_blocks = ceil_div<int64_t>(a.rows(), policy.warps_lse * C::kRowsPerWarp);
-    error = launch(attn_lse_kernel<T, kDim>, blocks(heads * row_blocks * policy.num_splits), policy.warps_lse * 32,
-                   sizeof(AttnStorage<T, kDim>), stream, a, static_cast<int>(row_blocks),
-                   static_cast<int>(policy.num_splits), static_cast<int>(policy.split_keys), aligned);
-    if (error == cudaSuccess && policy.num_splits > 1) {
-      error = launch(combine_lse_kernel, blocks(ceil_div<int64_t>(rows, 8)), 256, 0, stream, a,
-                     static_cast<int>(policy.num_splits));
+    const AttnBlocks blocks = attn_lse_blocks(a, policy.warps_lse * C::kRowsPerWarp);
+    error = launch(attn_lse_kernel<T, kDim>, grid(heads * blocks.per_head), policy.warps_lse * 32, shared_bytes, stream,
+                   a, blocks, aligned);
+    if (error == cudaSuccess && a.partial) {
+      error = launch(combine_lse_kernel, grid(ceil_div<int64_t>(rows, 8)), 256, 0, stream, a);
     }
   }
-  const int64_t key_blocks = ceil_div<int64_t>(a.kv_len, policy.warps_received * C::kRowsPerWarp);
   if (error != cudaSuccess) return error;
-  return launch(attn_received_kernel<T, kDim>, blocks(heads * key_blocks), policy.warps_received * 32,
-                sizeof(AttnStorage<T, kDim>), stream, a, static_cast<int>(key_blocks), aligned);
+  const AttnBlocks blocks = attn_received_blocks(a, policy.warps_received * C::kRowsPerWarp);
+  return launch(attn_received_kernel<T, kDim>, grid(heads * blocks.per_head), policy.warps_received * 32, shared_bytes,
+                stream, a, blocks, aligned);
 }
 
 int smallest_above(int x, std::initializer_list<int> sizes) {

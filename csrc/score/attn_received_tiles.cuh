@@ -20,24 +20,22 @@ struct AttnConfig {
   static constexpr int kRowTiles = kIsFloat || kDim > 128 ? 1 : 2;  // as choose_attn_received_policy says
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kMaxThreads = kIsFloat ? 128 : 256;
+  static constexpr int kBlocksPerSm = kIsFloat && kDim <= 128 ? 4 : 2;  // registers for that many
   // n8 tiles multiplied at a time: two where the own rows take many registers, to stay below 128.
   static constexpr int kColTiles = kDim > (kIsFloat ? 128 : 64) && (kIsFloat || kRowTiles == 2 || kDim > 192) ? 2 : 4;
   static constexpr int kChunk = 8 * kColTiles;
   static constexpr int kTile = !kIsFloat ? 64 : kDim > 128 ? 16 : 32;  // streamed rows per stage
   static constexpr int kStride = kDim + 16 / sizeof(T);  // rows 16 bytes apart modulo 128: no bank conflicts
   static constexpr int kStages = 2;  // a tile is multiplied for 1,000 cycles and more: the next one has come by then
-  static constexpr int kOwnRows = kIsFloat ? kMaxThreads / kWarpSize * kRowsPerWarp : 0;
+  static constexpr int kMaxRows = kMaxThreads / kWarpSize * kRowsPerWarp;  // own rows of a block
 };
 
-template <typename T, int kDim>
-struct AttnStorage {
-  using C = AttnConfig<T, kDim>;
-  T tile[C::kStages][C::kTile][C::kStride];
-  float lse[C::kStages][C::kTile], weight[C::kStages][C::kTile];  // pass 2
-  T own[C::kOwnRows + 1][C::kStride];                             // float32: the warps' own rows
+// The keys that some of a number of rows see, and those that all of them see.
+struct Seen {
+  KeySpan any, all;
 };
 
-// The queries or keys of one head.
+// The queries or keys of one head of one sequence. Those of paged keys come from data + offset, one each.
 template <typename T>
 struct Rows {
   const T* data;
@@ -45,35 +43,97 @@ struct Rows {
   int count;
 };
 
+// What a block works on. index: of the block among those of its key head and sequence, for what is there to do or more.
+struct AttnPlace {
+  AttnSequence sequence;
+  int kv_head, index;
+};
+
+template <typename T, int kDim>
+struct AttnStorage {
+  using C = AttnConfig<T, kDim>;
+  T tile[C::kStages][C::kTile][C::kStride];
+  AttnPlace place;
+  // Beside the streamed tiles. Registers are few: what is the same in all threads is read where it is needed, and which
+  // keys a query sees is computed once and read where there is something to mask.
+  union {
+    struct {  // pass 1
+      Rows<T> rows;
+      int64_t offset[C::kStages][C::kTile];  // paged; -1: no such key
+      bool absent[C::kStages][C::kTile];     // paged
+      float bias[C::kStages][C::kTile];
+      KeySpan row_sees[C::kMaxRows];
+      Seen warp_sees[C::kMaxThreads / kWarpSize];
+    } keys;
+    struct {  // pass 2
+      float lse[C::kStages][C::kTile], weight[C::kStages][C::kTile];
+      KeySpan sees[C::kStages][C::kTile];
+      float own_bias[C::kMaxRows];
+    } queries;
+  };
+  T own[C::kIsFloat ? C::kMaxRows : 1][C::kStride];  // float32: the warps' own rows
+};
+
 template <typename T>
-__device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t head_idx) {
-  const T* q = static_cast<const T*>(a.q) + batch_idx * a.stride_q.batch + head_idx * a.stride_q.head;
-  return {q, a.stride_q.token, static_cast<int>(a.q_len)};
+__device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, const AttnSequence& s, int64_t head) {
+  const T* q = static_cast<const T*>(a.q) + s.batch * a.stride_q.batch + head * a.stride_q.head;
+  return {q + s.q_begin * a.stride_q.token, a.stride_q.token, s.q_len};
 }
 template <typename T>
-__device__ inline Rows<T> key_rows(const AttnReceivedArgs& a, int64_t batch_idx, int64_t kv_head_idx) {
-  const T* k = static_cast<const T*>(a.k) + batch_idx * a.stride_k.batch + kv_head_idx * a.stride_k.head;
-  return {k, a.stride_k.token, static_cast<int>(a.kv_len)};
+__device__ inline const T* keys_of_head(const AttnReceivedArgs& a, const AttnSequence& s, int64_t kv_head) {
+  return static_cast<const T*>(a.k) + s.batch * a.stride_k.batch + kv_head / a.k_repeat * a.stride_k.head;
 }
 
-// Rows [first, first + kTile) into a stage, zeros past the last row and past head_dim. aligned: by 16-byte copies that
-// the caller commits and waits for; else by plain stores. The caller's barrier publishes both.
+// The largest b in [0, last] with before(b) <= value, where before grows and before(0) <= value. Valid in every lane.
+template <typename Before>
+__device__ inline int warp_search(int last, int64_t value, const Before& before) {
+  int low = 0, count = last + 1;
+  while (count > 1) {
+    const int step = ceil_div(count, kWarpSize), at = low + lane_index() * step;
+    const unsigned votes = __ballot_sync(kFullMask, at < low + count && before(at) <= value);
+    const int passed = max(__popc(votes) - 1, 0) * step;
+    low += passed;
+    count = min(step, count - passed);
+  }
+  return low;
+}
+
+__device__ inline AttnPlace locate(const AttnReceivedArgs& a, const AttnBlocks& blocks) {
+  const unsigned per_head = static_cast<unsigned>(blocks.per_head), head = blockIdx.x / per_head;
+  int index = static_cast<int>(blockIdx.x % per_head);
+  if (!a.packed()) {
+    const unsigned num_kv_heads = static_cast<unsigned>(a.num_kv_heads);
+    return {a.sequence(head / num_kv_heads), static_cast<int>(head % num_kv_heads), index};
+  }
+  const int b = warp_search(static_cast<int>(a.batch_size), index, [&](int at) { return blocks.before(a, at); });
+  index -= static_cast<int>(blocks.before(a, b));
+  return {a.sequence(b), static_cast<int>(head), index};
+}
+
+// Rows [first, first + kTile) into a stage, zeros past the last row and past head_dim. offset: where each of them
+// starts, -1 for zeros; null: side by side. aligned: by 16-byte copies that the caller commits and waits for; else by
+// plain stores. The caller's barrier publishes both.
 template <typename T, int kDim>
 __device__ inline void block_load_tile(T (*tile)[AttnConfig<T, kDim>::kStride], const Rows<T>& rows, int first,
-                                       int head_dim, bool aligned) {
+                                       const int64_t* offset, int head_dim, bool aligned) {
   constexpr int kTile = AttnConfig<T, kDim>::kTile, kVec = 16 / sizeof(T), kVecs = kDim / kVec;
+  const auto start = [&](int r) {
+    return offset ? offset[r] : first + r < rows.count ? (first + r) * rows.stride : -1;
+  };
   if (aligned) {
 #pragma unroll 1  // a few copies per thread, which wait for nothing: registers matter more
     for (int i = thread_rank(); i < kTile * kVecs; i += num_threads_in_block()) {
       const int r = i / kVecs, c = i % kVecs * kVec;
-      const bool valid = first + r < rows.count && c < head_dim;
-      cp_async_16(&tile[r][c], rows.data + (valid ? (first + r) * rows.stride + c : 0), valid);
+      const int64_t from = start(r);
+      const bool valid = from >= 0 && c < head_dim;
+      cp_async_16(&tile[r][c], rows.data + (valid ? from + c : 0), valid);
     }
   } else {
 #pragma unroll 1
     for (int i = thread_rank(); i < kTile * kDim; i += num_threads_in_block()) {
       const int r = i / kDim, c = i % kDim;
-      tile[r][c] = first + r < rows.count && c < head_dim ? rows.data[(first + r) * rows.stride + c] : T(0.f);
+      const int64_t from = start(r);
+      tile[r][c] = from >= 0 && c < head_dim ? rows.data[from + c] : T(0.f);
     }
   }
 }

@@ -5,6 +5,7 @@ every input dtype: logits of magnitude s carry an error of about s * 2^-24 * sqr
 into a relative one; 2e-5 covers s up to 50."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ def test_floor_by_hand():
     # lse given: one pass, and it is read; causal: 1 + 2 + 3 of 9 pairs
     assert floor(q, k, lse=lse, causal=True) == (16 * (6 + 3) + 24 + 4 * 2 * (3 + 3), 2 * 2 * 6 * 8)
     assert floor(q, k, causal=True, q_start=-1)[1] == 2 * 2 * 2 * (0 + 1 + 2) * 8
+    assert floor(q, k, window=1)[1] == 2 * 2 * 2 * (2 + 3 + 2) * 8
+    assert floor(q, k, window=1, causal=True)[1] == 2 * 2 * 2 * (1 + 2 + 2) * 8
+    extra = {"sink": meta(2, dtype=torch.float32), "key_bias": meta(1, 1, 3, dtype=torch.float32)}
+    assert floor(q, k, **extra)[0] == floor(q, k)[0] + 8 + 12
+    # Packed: two sequences of 5 queries and 7 keys. Paged: two rows of three pages.
+    q, k, cu = meta(10, 4, 8), meta(14, 2, 8), meta(3, dtype=torch.int32)
+    moved = 2 * 16 * (10 * 4 + 14 * 2) + 12 + 12 + 4 * 4 * (14 + 10)
+    assert floor(q, k, cu_seqlens=cu, cu_seqlens_k=cu) == (moved, 2 * 2 * 2 * 4 * 5 * 7 * 8)
+    q, k, table = meta(2, 4, 5, 8), meta(99, 16, 2, 8), meta(2, 3, dtype=torch.int32)
+    moved = 2 * 16 * (2 * 4 * 5 + 2 * 2 * 48) + 24 + 4 * 2 * 4 * (48 + 5)
+    assert floor(q, k, page_table=table) == (moved, 2 * 2 * 2 * 4 * 5 * 48 * 8)
     # The CPU keeps a block's logits: one pass.
     q, k = torch.empty(1, 1, 2, 4), torch.empty(1, 1, 3, 4)
     assert floor(q, k) == (4 * (8 + 12) + 4 * (3 + 2), 2 * 2 * 3 * 4)
@@ -97,6 +109,124 @@ def test_gqa_equals_repeated_keys(device, dtype, group):
         grouped = check(q, k, causal=causal)
         repeated = check(q, k.repeat_interleave(group, 1), causal=causal)
         assert_close(grouped, repeated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 7, 8, 31, 64, 200, 2**40])
+def test_window(device, dtype, window, causal, simt):
+    if simt and dtype != torch.bfloat16:
+        return
+    q, k = make(device, dtype, 1, (4, 2), 70, 150, 40)
+    received, lse = check(q, k, window=window, causal=causal)
+    if window >= 150:  # no window, to the bit
+        assert_close((received, lse), tokred.attn_received(q, k, causal=causal), rtol=0, atol=0)
+    for start in (-40, 33, 151) if simt else (-40, -3, 0, 33, 149, 151, 400):
+        check(q, k, window=window, causal=causal, q_start=start)
+
+
+@pytest.mark.parametrize("window", [3, 40, 1200])
+def test_window_in_long_keys(device, dtype, window, simt):
+    """A row sees keys of one split, of two, or none of them; on the CPU, of some panels."""
+    q, k = make(device, dtype, 1, (2, 1), 9, 2600 if simt else 40000, 8)
+    for start in (1020,) if simt else (900, 1020, 1024, 2599):
+        check(q, k, window=window, q_start=start)
+        check(q, k, window=window, causal=True, q_start=start, reduce="max")
+
+
+def test_window_edges(device):
+    """Equal logits: a query gives each of the n keys that it sees 1 / n, and its lse is log n."""
+    q, k = torch.zeros(1, 1, 3, 8, device=device), torch.ones(1, 1, 10, 8, device=device)
+    received, lse = tokred.attn_received(q, k, window=2, q_start=1)  # positions 1, 2 and 3 of 0 to 9
+    assert_close(lse[0, 0].exp(), torch.tensor([4.0, 5.0, 5.0], device=device), rtol=1e-6)
+    fourth, fifth = 1 / 4, 1 / 5
+    expected = [fourth + fifth, *3 * [fourth + 2 * fifth], 2 * fifth, fifth, 0, 0, 0, 0]
+    assert_close(received[0, 0], torch.tensor(expected, device=device), rtol=1e-6)
+    received, lse = tokred.attn_received(q, k, window=2, q_start=1, causal=True)
+    assert_close(lse[0, 0].exp(), torch.tensor([2.0, 3.0, 3.0], device=device), rtol=1e-6)
+    expected = [1 / 2 + 1 / 3, 1 / 2 + 2 / 3, 2 / 3, 1 / 3, 0, 0, 0, 0, 0, 0]
+    assert_close(received[0, 0], torch.tensor(expected, device=device), rtol=1e-6)
+    received, lse = tokred.attn_received(q, k, window=0)  # the last three positions: each its own key
+    assert received[0, 0].tolist() == 7 * [0] + 3 * [1]
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0, 1e6])
+def test_softcap(device, dtype, softcap):
+    q, k = make(device, dtype, 2, (4, 2), 45, 130, 64, gain=6)
+    check(q, k, softcap=softcap)
+    check(q, k, softcap=softcap, causal=True, reduce="max")
+    near = 1e-3 * q  # where 1 - exp(-2 x) would lose its digits
+    check(near, k, softcap=softcap)
+    if softcap == 0.5:
+        p = tokred.attn_received(q, k, softcap=softcap, reduce="max")[0]
+        assert p.max() <= math.exp(1) / 130 * (1 + 1e-5)  # logits lie within 1 of each other
+
+
+def test_sink(device, dtype, simt):
+    for kv_len in (0, 20, 1030 if simt else 2100):
+        if simt and kv_len > 20 and dtype != torch.bfloat16:
+            return
+        q, k = make(device, dtype, 1, (4, 2), 9, kv_len, 24)
+        sink = torch.tensor([-3.0, 0.0, 4.0, 90.0], device=device)
+        received, lse = check(q, k, sink=sink)
+        check(q, k, sink=sink, causal=True, reduce="max")
+        assert (lse >= sink[:, None] - 1e-4).all() and (received.sum(-1) < 9).all()
+        none = torch.full((4,), -INF, device=device)
+        assert_close(tokred.attn_received(q, k, sink=none), tokred.attn_received(q, k), rtol=1e-6, atol=0)
+        extended = torch.logaddexp(tokred.attn_received(q, k)[1], sink[:, None])
+        assert_close(tokred.attn_received(q, k, lse=extended)[0], received, rtol=2e-5, atol=1e-6)
+    q, k = make(device, torch.float32, 1, (3, 1), 5, 9, 16)
+    received, lse = tokred.attn_received(q, k, sink=torch.tensor([NAN, INF, 0.0], device=device))
+    assert lse[0, :2].isnan().all() and received[0, :2].isnan().all() and received[0, 2].isfinite().all()
+    # A query that sees no key has its sink alone.
+    received, lse = check(q, k, sink=torch.tensor([1.0, 2.0, 3.0], device=device), causal=True, q_start=-3)
+    assert lse[0, :, :3].tolist() == [3 * [1.0], 3 * [2.0], 3 * [3.0]]
+
+
+@pytest.mark.parametrize("bias_heads", [1, 2, 6])
+def test_key_bias(device, dtype, bias_heads, simt):
+    if simt and dtype == torch.float16:
+        return
+    q, k = make(device, dtype, 2, (6, 2), 21, 70 if simt else 150, 40)
+    bias = torch.randn(2, bias_heads, k.shape[2], device=device)
+    bias[0, 0, ::4] = -INF
+    for causal in (False, True):
+        received, _ = check(q, k, key_bias=bias, causal=causal)
+        assert (received[0, 0, ::4] == 0).all()
+        check(q, k, key_bias=bias, causal=causal, reduce="max")
+        check(q, k, key_bias=bias[:1, :, 5:6].expand(2, bias_heads, k.shape[2]).contiguous(), causal=causal)
+    check(q, k, key_bias=bias[:, :1].expand(2, bias_heads, k.shape[2]), window=9)
+    lse = tokred.attn_received(q, k, key_bias=bias)[1]
+    check(q, k, key_bias=bias, lse=lse)
+
+
+def test_key_bias_is_log_size_and_padding(device):
+    q, k = make(device, torch.float32, 2, (4, 2), 33, 40, 24)
+    size = torch.randint(1, 5, (40,))
+    received, lse = check(q, k, key_bias=size.float().log().expand(2, 1, 40).contiguous().to(device))
+    repeated, lse_repeated = tokred.attn_received(q, k.repeat_interleave(size.to(device), 2))
+    owner = torch.arange(40).repeat_interleave(size).to(device)
+    assert_close(received, torch.zeros_like(received).index_add(2, owner, repeated), rtol=1e-5, atol=1e-6)
+    assert_close(lse, lse_repeated, rtol=1e-5, atol=1e-6)
+    lens = torch.tensor([17, 40], device=device)
+    padding = torch.zeros(2, 1, 40, device=device)
+    padding.masked_fill_(torch.arange(40, device=device) >= lens[:, None, None], -INF)
+    received, lse = check(q, k, key_bias=padding)
+    for b, n in enumerate(lens.tolist()):
+        alone = tokred.attn_received(q[b : b + 1], k[b : b + 1, :, :n])
+        assert_close((received[b : b + 1, :, :n], lse[b : b + 1]), alone, rtol=1e-5, atol=1e-6)
+        assert (received[b, :, n:] == 0).all()
+
+
+def test_bias_of_minus_infinity_for_all(device):
+    q, k = make(device, torch.float32, 2, (4, 2), 33, 70, 24)
+    bias = torch.zeros(2, 1, 70, device=device)
+    bias[1] = -INF
+    received, lse = check(q, k, key_bias=bias)
+    assert (lse[1] == -INF).all() and (received[1] == 0).all() and (lse[0] > -INF).all()
+    bias[0, 0, 5], bias[1, 0, 6] = NAN, INF
+    received, lse = check(q, k, key_bias=bias, window=3, q_start=0)
+    assert lse[0, 0].isnan().nonzero().flatten().tolist() == list(range(2, 9))
+    assert lse[1, 0].isnan().nonzero().flatten().tolist() == list(range(3, 10))
 
 
 @pytest.mark.parametrize("q_start", [-100, -7, 0, 5, 40, 59, 60, 100, 1 << 30, -(1 << 30)])
@@ -227,6 +357,10 @@ def test_offsets_beyond_2_31(device, dtype):
     k.copy_(torch.randn(k.shape))
     check(torch.randn(1, 1, 5, 16, device=device).to(dtype), k)
     check(k, torch.randn(1, 1, 5, 16, device=device).to(dtype))
+    pages = big.as_strided((2, 1, 1, 16), (2**31 + 16, 16, 16, 1))
+    pages.copy_(torch.randn(pages.shape))
+    table = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    check(torch.randn(1, 1, 5, 16, device=device).to(dtype), pages, page_table=table)
     heads = big.as_strided((1, 2, 5, 16), (0, 2**31 + 16, 16, 1))
     heads.copy_(torch.randn(heads.shape))
     check(heads, heads, causal=True)
@@ -251,9 +385,220 @@ def test_any_shape(data):
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     q, k = make(device, dtype, draw(st.integers(0, 2)), (group * kv_heads, kv_heads), q_len, kv_len, head_dim)
     start = draw(st.one_of(st.none(), st.integers(-80, 160)))
-    received, lse = check(q, k, causal=draw(st.booleans()), q_start=start)
-    seeing = (lse > -INF).sum(-1).float()
-    assert_close(received.sum(-1), seeing, rtol=1e-5, atol=1e-5, name="one unit from each query that sees a key")
+    options = {
+        "causal": draw(st.booleans()),
+        "q_start": start,
+        "window": draw(st.one_of(st.none(), st.integers(0, 90))),
+    }
+    options["softcap"] = draw(st.sampled_from([None, 3.0, 50.0]))
+    options["reduce"] = draw(st.sampled_from(["sum", "sum", "max"]))
+    heads = draw(st.sampled_from([None, 1, kv_heads, group * kv_heads]))
+    if heads is not None:
+        options["key_bias"] = torch.randn(q.shape[0], heads, kv_len, device=device).log()  # NaN turns -inf
+        options["key_bias"].nan_to_num_(nan=-INF, neginf=-INF)
+    options["q_weight"] = torch.randn(q.shape[:3], device=device) if draw(st.booleans()) else None
+    options["sink"] = torch.randn(q.shape[1], device=device) if draw(st.booleans()) else None
+    received, lse = check(q, k, **options)
+    if options["q_weight"] is None and options["sink"] is None and options["reduce"] == "sum":
+        seeing = (lse > -INF).sum(-1).float()
+        assert_close(received.sum(-1), seeing, rtol=1e-5, atol=1e-5, name="one unit from each query that sees a key")
+
+
+def packed(device, dtype, lens_q, lens_k=None, heads=(4, 2), head_dim=24, tail=0):
+    """Packed q and k, and the spans of their sequences."""
+    lens_k = lens_q if lens_k is None else lens_k
+    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int().to(device) for lens in (lens_q, lens_k))
+    q = torch.randn(sum(lens_q) + tail, heads[0], head_dim).to(device, dtype)
+    k = torch.randn(sum(lens_k) + tail, heads[1], head_dim).to(device, dtype)
+    spans = [tuple(int(x) for x in (*cu_q[b : b + 2], *cu_k[b : b + 2])) for b in range(len(lens_q))]
+    return q, k, {"cu_seqlens": cu_q, "cu_seqlens_k": None if lens_k is lens_q else cu_k}, spans
+
+
+LENGTHS = {
+    "self": ([5, 0, 33, 70, 64, 1], None),
+    "cross": ([3, 9, 0, 40, 2], [20, 0, 7, 90, 1]),
+    "none": ([], None),
+    "empty": ([0, 0], [0, 5]),
+    "many": (13 * [3, 16, 0], None),  # more than a warp searches at once
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 6, "softcap": 3.0, "reduce": "max"}])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_packed_is_each_sequence_alone(device, dtype, lengths, options, simt):
+    if simt and (dtype == torch.float16 or (lengths == "many" and (options or dtype == torch.float32))):
+        return
+    q, k, layout, spans = packed(device, dtype, *LENGTHS[lengths])
+    received, lse = check(q, k, **layout, **options)
+    for max_seqlen in (0, 128):  # a hint: nothing depends on it
+        assert_close(
+            tokred.attn_received(q, k, **layout, **options, max_seqlen=max_seqlen), (received, lse), rtol=0, atol=0
+        )
+    for a, b, c, d in spans:
+        alone = tokred.attn_received(q[None, a:b].transpose(1, 2), k[None, c:d].transpose(1, 2), **options)
+        assert_close((received[None, :, c:d], lse[None, :, a:b]), alone, rtol=0, atol=0)
+
+
+def test_packed_long_sequences_are_split_as_if_alone(device, dtype, simt):
+    if simt and dtype == torch.float16:
+        return
+    lens = ([20, 1, 150, 2], [1100, 5, 1030, 0]) if simt else ([20, 1, 600, 2], [40000, 1030, 1100, 0])
+    q, k, layout, spans = packed(device, dtype, *lens, heads=(2, 1), head_dim=8)
+    for options in ({"sink": torch.randn(2, device=device)}, {"causal": True}):
+        if simt and options.get("causal", False) != (dtype == torch.float32):
+            continue
+        received, lse = check(q, k, **layout, **options)
+        for a, b, c, d in spans:
+            alone = tokred.attn_received(q[None, a:b].transpose(1, 2), k[None, c:d].transpose(1, 2), **options)
+            assert_close((received[None, :, c:d], lse[None, :, a:b]), alone, rtol=0, atol=0)
+
+
+def test_packed_companions(device):
+    """lse, weights, biases and views of packed tokens."""
+    q, k, layout, _ = packed(device, torch.float32, [5, 0, 33, 17], [9, 3, 0, 40])
+    weight = torch.randn(4, q.shape[0], device=device)
+    for heads in (1, 2, 4):
+        bias = torch.randn(heads, k.shape[0], device=device)
+        received, lse = check(q, k, **layout, key_bias=bias, q_weight=weight)
+        given = lse.repeat_interleave(2, 1)[:, ::2].contiguous()
+        assert_close(
+            check(q, k, **layout, key_bias=bias, q_weight=weight, lse=given)[0], received, rtol=1e-5, atol=1e-5
+        )
+    odd = torch.zeros(q.shape[0], 4, 27, device=device)[..., 2:26].copy_(q)
+    assert_close(tokred.attn_received(odd, k, **layout), tokred.attn_received(q, k, **layout), rtol=0, atol=0)
+    headed = k.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_close(tokred.attn_received(q, headed, **layout), tokred.attn_received(q, k, **layout), rtol=0, atol=0)
+    check(q, k, **layout, causal=True, q_start=2)
+
+
+def test_tokens_behind_the_last_sequence(device):
+    q, k, layout, _ = packed(device, torch.float32, [5, 70], tail=80)
+    q[75:], k[75:] = NAN, NAN
+    received, lse = check(q, k, **layout)
+    assert (received[:, 75:] == 0).all() and (lse[:, 75:] == -INF).all() and received.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [[0, 9, 4, 20], [-5, 3, 100, 7], [7, 7, 7, 7], [0, 2**31 - 1, -(2**31), 20]])
+def test_bad_cu_seqlens_read_nothing_out_of_bounds(device, bad):
+    q, k, *_ = packed(device, torch.bfloat16, [20])
+    cu_seqlens = torch.tensor(bad, dtype=torch.int32, device=device)
+    received, lse = tokred.attn_received(q, k, cu_seqlens=cu_seqlens)
+    assert received.shape == (4, 20) and lse.shape == (4, 20)
+
+
+def paged(device, dtype, page_size, lens, q_len=33, heads=(4, 2), head_dim=24, spare=5):
+    """Paged k with its table, and the same k as one dense tensor per row."""
+    max_pages = -(-max(lens) // page_size)
+    pages = torch.randn(len(lens) * max_pages + spare, page_size, heads[1], head_dim).to(device, dtype)
+    table = torch.randperm(pages.shape[0])[: len(lens) * max_pages].view(len(lens), max_pages).int().to(device)
+    q = torch.randn(len(lens), heads[0], q_len, head_dim).to(device, dtype)
+    dense = [pages[row.long()].flatten(0, 1)[:n].transpose(0, 1)[None] for row, n in zip(table, lens)]
+    return q, pages, table, torch.tensor(lens, dtype=torch.int32, device=device), dense
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 6, "softcap": 3.0, "reduce": "max"}])
+@pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128])
+def test_paged_is_dense(device, dtype, page_size, options, simt):
+    if simt and dtype == torch.float16:
+        return
+    if simt and options and page_size not in (16, 128):
+        return
+    q, pages, table, lens, dense = paged(device, dtype, page_size, [150, 1, 0, 97])
+    received, lse = check(q, pages, page_table=table, kv_lens=lens, **options)
+    for b, k in enumerate(dense):
+        alone = tokred.attn_received(q[b : b + 1], k, **options)
+        assert_close((received[b : b + 1, :, : k.shape[2]], lse[b : b + 1]), alone, rtol=0, atol=0)
+        assert (received[b, :, k.shape[2] :] == 0).all()
+
+
+def test_paged_snapkv_window(device, dtype, simt):
+    """The last queries over long rows of different lengths, split as if dense."""
+    if simt and dtype == torch.float16:
+        return
+    lens = [1100, 5] if simt else [9000, 40000]
+    q, pages, table, lens, dense = paged(device, dtype, 16, lens, q_len=3 if simt else 64, head_dim=8)
+    bias = torch.randn(2, 2, table.shape[1] * 16, device=device)
+    received, lse = check(q, pages, page_table=table, kv_lens=lens, causal=True, key_bias=bias)
+    for b, k in enumerate(dense):
+        n = k.shape[2]
+        alone = tokred.attn_received(q[b : b + 1], k, causal=True, key_bias=bias[b : b + 1, :, :n])
+        assert_close((received[b : b + 1, :, :n], lse[b : b + 1]), alone, rtol=0, atol=0)
+
+
+def test_keys_on_no_page_are_not_seen(device, dtype, simt):
+    if simt and dtype != torch.bfloat16:
+        return
+    q, pages, table, lens, _ = paged(device, dtype, 16, [150, 97])
+    table[0, 3], table[1, 0], table[1, 5] = -1, pages.shape[0], 2**31 - 1
+    for options in ({}, {"causal": True, "softcap": 2.0}, {"reduce": "max", "sink": torch.zeros(4, device=device)}):
+        received, _ = check(q, pages, page_table=table, kv_lens=lens, **options)
+        assert (received[0, :, 48:64] == 0).all() and (received[1, :, :16] == 0).all()
+        check(q, pages, page_table=table, **options)  # all pages full
+    q[0, 1, 7] = NAN  # stays with the keys that its query sees
+    received, lse = check(q, pages, page_table=table, kv_lens=lens)
+    assert (received[0, 1, 48:64] == 0).all() and received[0, 1, :48].isnan().all() and received[0, 0].isfinite().all()
+    nothing = torch.full_like(table, -1)
+    received, lse = check(q, pages, page_table=nothing)
+    assert (received == 0).all() and (lse == -INF).all()
+    bias = torch.randn(2, 1, table.shape[1] * 16, device=device)
+    check(q[:, :2], pages, page_table=table, kv_lens=lens, key_bias=bias)
+
+
+def test_pages_that_no_row_has_are_not_read(device):
+    q, pages, table, lens, _ = paged(device, torch.bfloat16, 16, [150, 97])
+    expected = tokred.attn_received(q, pages, page_table=table, kv_lens=lens)
+    used = torch.zeros(pages.shape[0], dtype=torch.bool, device=device)
+    used[table.flatten().long()] = True
+    pages[~used] = NAN
+    pages[table[1, 6].long(), 1:] = NAN  # past position 96
+    pages[table[1, 7:].long()] = NAN
+    assert_close(tokred.attn_received(q, pages, page_table=table, kv_lens=lens), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lens", [[-5, 160], [161, 2**31 - 1], [0, 0]])
+def test_kv_lens_are_clamped(device, lens):
+    q, pages, table, _, _ = paged(device, torch.float32, 16, [150, 97])
+    check(q, pages, page_table=table, kv_lens=torch.tensor(lens, dtype=torch.int32, device=device), causal=True)
+
+
+def test_paged_views_and_empty(device):
+    q, pages, table, lens, _ = paged(device, torch.bfloat16, 16, [150, 97], head_dim=64)
+    expected = check(q, pages, page_table=table, kv_lens=lens)
+    nhd = pages.transpose(1, 2).contiguous().transpose(1, 2)  # stored [num_pages, num_kv_heads, page_size, head_dim]
+    assert_close(tokred.attn_received(q, nhd, page_table=table, kv_lens=lens), expected, rtol=0, atol=0)
+    odd = torch.zeros(*pages.shape[:3], 67, device=device, dtype=pages.dtype)[..., 1:65].copy_(pages)
+    assert_close(tokred.attn_received(q, odd, page_table=table, kv_lens=lens), expected, rtol=0, atol=0)
+    assert check(q, pages, page_table=table[:, :0])[0].shape == (2, 4, 0)
+    assert check(q[:0], pages, page_table=table[:0])[0].shape == (0, 4, 160)
+    assert (check(q, pages[:0], page_table=table)[0] == 0).all()
+    assert check(q[:, :, :0], pages, page_table=table, kv_lens=lens)[1].shape == (2, 4, 0)
+
+
+@given(st.data())
+def test_any_layout(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    heads = draw(st.sampled_from([(2, 1), (3, 3), (6, 2)]))
+    options = {"causal": draw(st.booleans()), "window": draw(st.sampled_from([None, 0, 5, 40]))}
+    options |= {"q_start": draw(st.sampled_from([None, -3, 20])), "softcap": draw(st.sampled_from([None, 3.0]))}
+    options["sink"] = torch.randn(heads[0], device=device) if draw(st.booleans()) else None
+    bias_heads = draw(st.sampled_from([None, 1, *heads]))
+    if draw(st.booleans()):
+        lens = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=5))
+        q, k, layout, _ = packed(
+            device, dtype, [a for a, _ in lens], [b for _, b in lens], heads, tail=draw(st.integers(0, 3))
+        )
+        bias = None if bias_heads is None else torch.randn(bias_heads, k.shape[0], device=device)
+    else:
+        lens = draw(st.lists(st.integers(0, 90), min_size=1, max_size=3))
+        q, k, table, lens, _ = paged(
+            device, dtype, draw(st.sampled_from([1, 16])), [*lens, 1], draw(st.integers(0, 40)), heads
+        )
+        layout = {"page_table": table, "kv_lens": draw(st.sampled_from([None, lens]))}
+        columns = table.shape[1] * k.shape[1]
+        bias = None if bias_heads is None else torch.randn(q.shape[0], bias_heads, columns, device=device)
+    check(q, k, **layout, **options, key_bias=bias)
 
 
 def test_empty(device):
@@ -289,11 +634,35 @@ def test_autocast_casts_q_and_k_only(device):
 def test_vmap(device):
     q, k = torch.randn(3, 2, 4, 6, 8, device=device), torch.randn(2, 2, 9, 3, 8, device=device)
     weight = torch.rand(2, 4, 6, device=device)
-    for options in ({}, {"q_weight": weight, "causal": True}):
+    bias, sink = torch.randn(2, 1, 9, device=device), torch.randn(4, device=device)
+    for options in ({}, {"q_weight": weight, "causal": True}, {"key_bias": bias, "sink": sink}):
         mapped = torch.vmap(lambda a, b, o=options: tokred.attn_received(a, b, **o), in_dims=(0, 3))(q, k)
         for i in range(3):
             alone = tokred.attn_received(q[i], k[:, :, :, i], **options)
             assert_close([m[i] for m in mapped], alone, rtol=0, atol=0)
+
+
+def test_vmap_of_layouts(device):
+    q, pages, table, lens, _ = paged(device, torch.float32, 16, [50, 20], q_len=5)
+    queries = torch.stack([q, 2 * q])
+    mapped = torch.vmap(lambda x: tokred.attn_received(x, pages, page_table=table, kv_lens=lens))(queries)
+    for i in range(2):
+        alone = tokred.attn_received(queries[i], pages, page_table=table, kv_lens=lens)
+        assert_close([m[i] for m in mapped], alone, rtol=0, atol=0)
+    q, k, layout, _ = packed(device, torch.float32, [3, 4])
+    with pytest.raises(RuntimeError, match="attn_received: a packed input has no batch dimension"):
+        torch.vmap(lambda x: tokred.attn_received(x, k, **layout))(torch.stack([q, q]))
+
+
+def test_layouts_have_no_gradient_and_autocast(device):
+    q, pages, table, lens, _ = paged(device, torch.float32, 16, [50, 20], q_len=5)
+    flat, k, layout, _ = packed(device, torch.float32, [3, 4])
+    for x, y, options in ((q, pages, {"page_table": table, "kv_lens": lens}), (flat, k, layout)):
+        expected = tokred.attn_received(x.bfloat16(), y.bfloat16(), **options)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert_close(tokred.attn_received(x, y, **options), expected, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match=r"attn_received: has no gradient; detach q and k"):
+            tokred.attn_received(x.requires_grad_(), y, **options)[0].sum().backward()
 
 
 def test_inference_and_no_grad(device):
@@ -336,10 +705,97 @@ ERRORS = {
     'expected reduce to be "sum" or "max", got "mean"': lambda q, k, r: tokred.attn_received(q, k, reduce="mean"),
     "expected scale > 0 and finite, got 0": lambda q, k, r: tokred.attn_received(q, k, scale=0.0),
     "expected scale > 0 and finite, got nan": lambda q, k, r: tokred.attn_received(q, k, scale=NAN),
-    "expected q_start within 2^31 - 1024 of zero, got 4294967296": (
-        lambda q, k, r: tokred.attn_received(q, k, causal=True, q_start=2**32)
+    "expected window >= 0, got -1": lambda q, k, r: tokred.attn_received(q, k, window=-1),
+    "expected softcap > 0 and finite, got 0": lambda q, k, r: tokred.attn_received(q, k, softcap=0.0),
+    "expected softcap > 0 and finite, got inf": lambda q, k, r: tokred.attn_received(q, k, softcap=INF),
+    "expected sink of shape [num_q_heads] = [4], got [2, 4]": (
+        lambda q, k, r: tokred.attn_received(q, k, sink=r[..., 0].contiguous())
+    ),
+    "expected sink of dtype float32, got float16": lambda q, k, r: tokred.attn_received(q, k, sink=r[0, :, 0].half()),
+    "expected sink contiguous, got strides [5]": lambda q, k, r: tokred.attn_received(q, k, sink=r[0, :, 0]),
+    "expected sink or lse, not both: a given lse is the whole denominator": (
+        lambda q, k, r: tokred.attn_received(q, k, lse=r, sink=r[0, :, 0].contiguous())
+    ),
+    "expected key_bias of shape [batch_size, heads, kv_len] with batch_size 2 and kv_len 7, got [2, 4, 5]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=r)
+    ),
+    "expected key_bias with 4 (query heads), 2 (kv heads) or 1 heads, got [2, 3, 7]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1)[:, [0, 1, 1]])
+    ),
+    "expected key_bias of dtype float32, got float16": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1).half())
+    ),
+    "expected key_bias contiguous in its last dimension, got strides [14, 1, 2]": (
+        lambda q, k, r: tokred.attn_received(q, k, key_bias=k.sum(-1).mT.contiguous().mT)
     ),
 }
+
+
+def lengths(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+LAYOUT_ERRORS = {
+    "expected cu_seqlens or page_table, not both": {"page_table": torch.zeros(2, 3, dtype=torch.int32)},
+    "expected cu_seqlens with cu_seqlens_k": {"cu_seqlens": None, "cu_seqlens_k": lengths(0, 3, 10)},
+    "expected page_table with kv_lens; a key_bias of -inf hides dense keys": {
+        "cu_seqlens": None,
+        "kv_lens": lengths(1),
+    },
+    "expected q of shape [total_q, num_q_heads, head_dim] (with cu_seqlens), got [1, 10, 4, 16]": {
+        "q": lambda q: q[None]
+    },
+    "expected k of shape [total_k, num_kv_heads, head_dim] (with cu_seqlens) with the head_dim of q [10, 4, 16], got "
+    "[10, 2, 8]": {"k": lambda k: k[..., :8]},
+    "expected cu_seqlens of shape [batch_size + 1], got [0]": {"cu_seqlens": lengths()},
+    "expected cu_seqlens of dtype int32, got int64": {"cu_seqlens": lengths(0, 3, 10, dtype=torch.int64)},
+    "expected cu_seqlens contiguous, got strides [2]": {"cu_seqlens": lengths(0, 1, 3, 4, 10)[::2]},
+    "expected cu_seqlens_k of shape [batch_size + 1] = [3], got [2]": {"cu_seqlens_k": lengths(0, 10)},
+    "expected cu_seqlens_k, or as many keys as queries, got [10, 4, 16] and [8, 2, 16]": {"k": lambda k: k[:8]},
+    "expected max_seqlen >= 0, got -1": {"max_seqlen": -1},
+    "expected lse of shape [num_q_heads, total_q] = [4, 10], got [10, 4]": {"lse": torch.zeros(10, 4)},
+    "expected key_bias of shape [heads, total_k] with total_k 10, got [1, 1, 10]": {"key_bias": torch.zeros(1, 1, 10)},
+    "expected key_bias with 4 (query heads), 2 (kv heads) or 1 heads, got [3, 10]": {"key_bias": torch.zeros(3, 10)},
+}
+
+
+@pytest.mark.parametrize("message", LAYOUT_ERRORS)
+def test_packed_errors(device, message):
+    q, k, layout, _ = packed(device, torch.float32, [3, 7], head_dim=16)
+    call = {"q": q, "k": k, "cu_seqlens": layout["cu_seqlens"]}
+    for name, value in LAYOUT_ERRORS[message].items():
+        call[name] = value(call[name]) if callable(value) else value
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    with pytest.raises(RuntimeError) as caught:
+        tokred.attn_received(**moved)
+    assert f"attn_received: {message}" in str(caught.value)
+
+
+PAGED_ERRORS = {
+    "expected q of shape [batch_size, num_q_heads, q_len, head_dim], got [4, 5, 24]": {"q": lambda q: q[0]},
+    "expected k of shape [num_pages, page_size, num_kv_heads, head_dim] (with page_table) with the head_dim of q "
+    "[2, 4, 5, 24], got [13, 16, 2, 8]": {"k": lambda k: k[..., :8]},
+    "expected k with page_size 1, 16, 32, 64 or 128, got 8": {"k": lambda k: k[:, :8]},
+    "expected num_q_heads to be a multiple of num_kv_heads, got 3 and 2": {"q": lambda q: q[:, :3]},
+    "expected page_table of shape [batch_size, max_pages] with batch_size 2, got [1, 4]": {
+        "page_table": lambda t: t[:1]
+    },
+    "expected page_table of dtype int32, got int64": {"page_table": lambda t: t.long()},
+    "expected page_table contiguous, got strides [1, 2]": {"page_table": lambda t: t.mT.contiguous().mT},
+    "expected kv_lens of shape [batch_size] = [2], got [1]": {"kv_lens": lambda n: n[:1]},
+    "expected kv_lens of dtype int32, got int64": {"kv_lens": lambda n: n.long()},
+}
+
+
+@pytest.mark.parametrize("message", PAGED_ERRORS)
+def test_paged_errors(device, message):
+    q, pages, table, lens, _ = paged(device, torch.float32, 16, [50, 60], q_len=5)
+    call = {"q": q, "k": pages, "page_table": table, "kv_lens": lens}
+    for name, change in PAGED_ERRORS[message].items():
+        call[name] = change(call[name])
+    with pytest.raises(RuntimeError) as caught:
+        tokred.attn_received(**call)
+    assert f"attn_received: {message}" in str(caught.value)
 
 
 @pytest.mark.parametrize("message", ERRORS)

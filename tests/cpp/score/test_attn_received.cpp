@@ -16,6 +16,13 @@ struct Case {
   bool max_reduce = false, weighted = false, lse_given = false;
   int64_t lead = 0;          // elements before q and k
   bool interleaved = false;  // heads inside of tokens
+  int64_t window = 1 << 30;
+  float softcap = 0;
+  bool sink = false;
+  bool align_ends = false;
+  int64_t bias_heads = 0;             // 0: no bias
+  int64_t page_size = 0;              // 0: not paged
+  std::vector<int32_t> cu_seqlens{};  // of queries and keys alike: packed, batch_size is 1
 };
 
 AttnReceivedStrides strides(int64_t heads, int64_t tokens, int64_t dim, bool interleaved) {
@@ -28,11 +35,22 @@ Results call(const Case& c, DType dtype, const Side& side) {
   Random random(static_cast<uint64_t>(c.q_len * 7 + c.kv_len + c.head_dim));
   const int64_t rows = c.batch_size * c.num_q_heads * c.q_len;
   const Buffer<T> q(side, random.normals<T>(rows * c.head_dim), c.lead);
-  const Buffer<T> k(side, random.normals<T>(c.batch_size * c.num_kv_heads * c.kv_len * c.head_dim), c.lead);
+  const int64_t max_pages = c.page_size > 0 ? ceil_div(c.kv_len, c.page_size) : 0,
+                num_pages = c.batch_size * max_pages + 2;
+  const int64_t key_rows = c.page_size > 0 ? num_pages * c.page_size : c.batch_size * c.kv_len;
+  const Buffer<T> k(side, random.normals<T>(c.num_kv_heads * key_rows * c.head_dim), c.lead);
+  std::vector<int32_t> pages = random.whole<int32_t>(c.batch_size * max_pages, -1, num_pages + 1);  // some are none
+  std::vector<int32_t> lens = random.whole<int32_t>(c.batch_size, c.kv_len / 2, c.kv_len + 9);
+  const Buffer<int32_t> page_table(side, pages), kv_lens(side, lens), cu_seqlens(side, c.cu_seqlens);
   std::vector<float> lses = random.normals<float>(rows);
   for (size_t i = 0; i < lses.size(); ++i) lses[i] = i % 7 == 3 ? -INFINITY : lses[i] + 4.f;
   const Buffer<float> lse_in(side, lses), q_weight(side, random.normals<float>(rows));
-  const Buffer<float> received(side, c.batch_size * c.num_q_heads * c.kv_len), lse(side, rows);
+  const Buffer<float> sink(side, random.normals<float>(c.num_q_heads));
+  std::vector<float> biases = random.normals<float>(c.batch_size * c.bias_heads * (c.kv_len + 128));
+  for (size_t i = 0; i < biases.size(); i += 5) biases[i] = -INFINITY;
+  const Buffer<float> key_bias(side, biases);
+  const int64_t columns = c.page_size > 0 ? max_pages * c.page_size : c.kv_len;
+  const Buffer<float> received(side, c.batch_size * c.num_q_heads * columns), lse(side, rows);
   AttnReceivedArgs a{};
   a.q = q.data();
   a.k = k.data();
@@ -49,14 +67,44 @@ Results call(const Case& c, DType dtype, const Side& side) {
   a.q_len = c.q_len;
   a.kv_len = c.kv_len;
   a.head_dim = c.head_dim;
+  a.k_repeat = 1;
   a.q_start = c.q_start;
+  a.align_ends = c.align_ends;
+  a.back = c.window;
+  a.ahead = c.causal ? 0 : c.window;
+  if (c.page_size > 0) {
+    a.page_table = page_table.data();
+    a.kv_lens = kv_lens.data();
+    a.num_pages = num_pages;
+    a.max_pages = max_pages;
+    a.page_shift = __builtin_ctzll(c.page_size);
+    a.stride_page = c.page_size * c.num_kv_heads * c.head_dim;
+    a.stride_k = {0, c.head_dim, c.num_kv_heads * c.head_dim};
+    a.kv_len = max_pages * c.page_size;
+  }
+  if (!c.cu_seqlens.empty()) {
+    a.cu_seqlens = a.cu_seqlens_k = cu_seqlens.data();
+    a.batch_size = static_cast<int64_t>(c.cu_seqlens.size()) - 1;
+    a.stride_q.batch = a.stride_k.batch = a.stride_lse_in.batch = a.stride_weight.batch = 0;
+  }
   a.scale = 1.f / std::sqrt(static_cast<float>(c.head_dim));
-  a.causal = c.causal;
+  a.softcap = c.softcap;
+  a.sink = c.sink ? sink.data() : nullptr;
+  if (c.bias_heads > 0) {
+    a.key_bias = key_bias.data();
+    a.bias_batch = c.bias_heads * c.kv_len;
+    a.bias_head = c.bias_heads > 1 ? c.kv_len : 0;
+    if (c.bias_heads == c.num_q_heads) {
+      a.k_repeat = a.group();
+      a.num_kv_heads = c.num_q_heads;
+    }
+  }
+  a.exponent_scale = a.adjusted() ? 1.f : a.scale * kLog2e;
   a.max_reduce = c.max_reduce;
   a.dtype = dtype;
-  const auto policy = choose_attn_received_policy(a.rows(), a.kv_len, a.head_dim, dtype);
-  const bool split = !a.lse_in && policy.num_splits > 1;
-  const Buffer<float> partial(side, split ? c.batch_size * c.num_kv_heads * policy.num_splits * a.rows() * 2 : 0);
+  const int64_t rows_each = a.packed() ? 1 : a.group() * a.q_len;
+  const bool split = !a.lse_in && a.kv_len > AttnReceivedArgs::split_keys(rows_each);
+  const Buffer<float> partial(side, split ? a.batch_dim() * a.num_kv_heads * a.partial_plane() * 2 : 0);
   a.partial = split ? partial.data() : nullptr;
   TOKRED_RUN(side, attn_received, a);
   // Products of 16-bit values are exact in float32, so one tolerance serves every dtype.
@@ -89,6 +137,60 @@ TOKRED_TEST(attn_received, options) {
   check_all({2, 4, 2, 7, 45, 24, true, -3, true, true});
   check_all({2, 4, 4, 7, 45, 24, false, 0, true, false, true});
   check_all({2, 4, 1, 7, 45, 24, true, 3, false, true, true});
+}
+TOKRED_TEST(attn_received, windows) {
+  Case c{1, 2, 1, 70, 150, 24};
+  for (const int64_t window : {0, 9, 64}) {
+    c.window = window;
+    c.causal = false;
+    c.q_start = 30;
+    check_all(c);
+    c.causal = true;
+    c.q_start = 120;
+    check_all(c);
+  }
+  check_all({1, 2, 1, 3, 2100, 8, true, 1023, false, false, false, 0, false, 5});
+}
+TOKRED_TEST(attn_received, logits) {  // softcap, sink, key bias
+  for (const int64_t bias_heads : {0, 1, 2, 4}) {
+    Case c{2, 4, 2, 19, 70, 40};
+    c.softcap = bias_heads == 1 ? 0.f : 3.f;
+    c.sink = bias_heads != 2;
+    c.bias_heads = bias_heads;
+    check_all(c);
+    c.causal = c.max_reduce = true;
+    check_all(c);
+  }
+  Case c{1, 2, 1, 3, 2100, 8};
+  c.sink = true;
+  c.bias_heads = 1;
+  check_all(c);
+}
+TOKRED_TEST(attn_received, paged) {  // pages that are none, rows with fewer keys than pages
+  for (const int64_t page_size : {1, 16, 128}) {
+    Case c{2, 4, 2, 19, 150, 24};
+    c.page_size = page_size;
+    check_all(c);
+    c.causal = c.align_ends = c.sink = true;
+    check_all(c);
+  }
+  Case c{2, 2, 1, 3, 2100, 8};
+  c.page_size = 64;
+  check_all(c);
+}
+TOKRED_TEST(attn_received, packed) {  // empty sequences, tokens behind the last one, more sequences than lanes
+  Case c{1, 4, 2, 100, 100, 24};
+  c.align_ends = true;
+  c.cu_seqlens = {0, 5, 5, 70, 93};
+  check_all(c);
+  c.causal = c.weighted = true;
+  check_all(c);
+  c.cu_seqlens.clear();
+  for (int32_t b = 0; b <= 50; ++b) c.cu_seqlens.push_back(2 * b);
+  check_all(c);
+  Case split{1, 2, 1, 1200, 1200, 8};
+  split.cu_seqlens = {0, 1100, 1200};
+  check_one(split, DType::kBF16);
 }
 TOKRED_TEST(attn_received, blocks) {  // four and eight warps, several blocks of rows and of keys
   check_all({1, 1, 1, 197, 197, 16});
