@@ -13,56 +13,64 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Columns [0, 16 kCols) of count rows; sums go to low. part: columns of a last vector that is not whole (kCols 1).
-template <typename T, int kCols, bool kMinMax>
-TOKRED_INLINE void reduce_panel(const T* rows, int64_t stride, int64_t count, int64_t part, Vec16* low, Vec16* high) {
+// Up to 16 kCols columns of a row; part: those of a last vector that is not whole (kCols 1), 0 where all are.
+template <typename T, int kCols>
+TOKRED_INLINE void load_columns(const T* row, int64_t part, Vec16 (&x)[kCols]) {
 #pragma GCC unroll 4
-  for (int c = 0; c < kCols; ++c) {
-    low[c] = kMinMax ? Vec16{} + kInf : Vec16{};
-    high[c] = Vec16{} - kInf;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c) {
-      Vec16 x;
-      if (part == 0) {
-        load16(rows + i * stride + c * kVecLanes, x);
-      } else {
-        load_part(rows + i * stride, part, x);
-      }
-      if constexpr (kMinMax) {  // NaN replaces a number, and no number replaces NaN
-        low[c] = (x < low[c]) | (x != x) ? x : low[c];
-        high[c] = (x > high[c]) | (x != x) ? x : high[c];
-      } else {
-        low[c] += x;
-      }
-    }
-  }
-  if constexpr (!kMinMax) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c) low[c] = low[c] / static_cast<float>(count);
-  }
+  for (int c = 0; c < kCols; ++c) part == 0 ? load16(row + c * kVecLanes, x[c]) : load_part(row, part, x[c]);
 }
 
-template <typename T>
-TOKRED_INLINE void store_values(const Vec16* values, int64_t columns, T* out) {
-  float lanes[4 * kVecLanes];
-  std::memcpy(lanes, values, static_cast<size_t>(ceil_div(columns, int64_t{kVecLanes})) * sizeof(Vec16));
-  for (int64_t c = 0; c < columns; ++c) out[c] = T(lanes[c]);
+template <typename T, int kCols>
+TOKRED_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_t part, float* mean) {
+  Vec16 sum[kCols] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    Vec16 x[kCols];
+    load_columns<T, kCols>(rows + i * stride, part, x);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) sum[c] += x[c];
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kCols; ++c) store16(mean + c * kVecLanes, sum[c] / static_cast<float>(count));
+}
+
+// By plain floats: a choice between vectors would be taken apart into single values before a clone sees it.
+template <typename T, int kCols>
+TOKRED_INLINE void bound_rows(const T* rows, int64_t stride, int64_t count, int64_t part, float* low, float* high) {
+  constexpr int kWidth = kCols * kVecLanes;
+  for (int j = 0; j < kWidth; ++j) {
+    low[j] = kInf;
+    high[j] = -kInf;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Vec16 x[kCols];
+    load_columns<T, kCols>(rows + i * stride, part, x);
+    float value[kWidth];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) store16(value + c * kVecLanes, x[c]);
+    for (int j = 0; j < kWidth; ++j) {  // NaN replaces a number, and no number replaces NaN
+      const float v = value[j];
+      const float least = v < low[j] ? v : low[j], greatest = v > high[j] ? v : high[j];
+      low[j] = v == v ? least : v;
+      high[j] = v == v ? greatest : v;
+    }
+  }
 }
 
 template <typename T, bool kMinMax>
 TOKRED_CLONES void reduce_block(const T* rows, int64_t stride, int64_t count, int64_t dim, T* low, T* high) {
-  Vec16 least[4], greatest[4];
+  float least[4 * kVecLanes], greatest[4 * kVecLanes];
   for (int64_t c = 0; c < dim;) {
-    const int64_t columns = dim - c >= 64 ? 64 : std::min<int64_t>(dim - c, kVecLanes);
-    if (columns == 64) {
-      reduce_panel<T, 4, kMinMax>(rows + c, stride, count, 0, least, greatest);
+    const bool wide = dim - c >= 4 * kVecLanes;
+    const int64_t columns = wide ? 4 * kVecLanes : std::min<int64_t>(dim - c, kVecLanes), part = columns % kVecLanes;
+    if constexpr (kMinMax) {
+      wide ? bound_rows<T, 4>(rows + c, stride, count, part, least, greatest)
+           : bound_rows<T, 1>(rows + c, stride, count, part, least, greatest);
+      for (int64_t j = 0; j < columns; ++j) high[c + j] = T(greatest[j]);
     } else {
-      reduce_panel<T, 1, kMinMax>(rows + c, stride, count, columns % kVecLanes, least, greatest);
+      wide ? add_rows<T, 4>(rows + c, stride, count, part, least)
+           : add_rows<T, 1>(rows + c, stride, count, part, least);
     }
-    store_values(least, columns, low + c);
-    if constexpr (kMinMax) store_values(greatest, columns, high + c);
+    for (int64_t j = 0; j < columns; ++j) low[c + j] = T(least[j]);
     c += columns;
   }
 }
