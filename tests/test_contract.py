@@ -102,12 +102,13 @@ def test_twice_the_same_bits(op, device, dtype, threads):
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_device_is_an_error(op):
     """A CPU tensor among CUDA tensors must not reach a kernel."""
-    args, kwargs = samples(op, "cuda")[0]
-    moved = list(args)
-    last = max(i for i, a in enumerate(args) if isinstance(a, (torch.Tensor, list)))
-    moved[last] = map_tensors(lambda t: t.cpu(), args[last])
+    args, kwargs = max(samples(op, "cuda"), key=lambda call: len(leaves(call)) > 1)
+    *rest, last = leaves((args, kwargs))
+    if not rest:
+        return  # one tensor may be anywhere
+    args, kwargs = map_tensors(lambda t: t.cpu() if t is last else t, (args, kwargs))
     with pytest.raises(RuntimeError, match="device"):
-        op.function(*moved, **kwargs)
+        op.function(*args, **kwargs)
 
 
 def test_export_and_aotinductor(device, tmp_path):

@@ -42,5 +42,5 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 make=partial(make_inputs, device=device, dtype=dtype, shape=shape),
                 run={"tokred": tokred.segment_expand, "gather": gather, "index_select": index_select},
                 tolerance=(0, 0),
-                core=device == "cuda" and dtype == torch.bfloat16,
+                core=device == "cuda" and dtype == torch.bfloat16 and shape[0] != 2,
             )

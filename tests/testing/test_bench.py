@@ -224,7 +224,7 @@ def test_core_rows_of_a_gpu_fit_their_budget():
             if case.core:
                 candidates = len(case.run) + len(case.peers) + len(case.compiled)
                 seconds += 1 + 0.5 * candidates + 8 * (len(case.compiled) + ("flex_attention" in case.peers))
-    assert seconds <= 175  # of three minutes
+    assert seconds < 175  # of three minutes
 
 
 @pytest.mark.parametrize("op", FILES)

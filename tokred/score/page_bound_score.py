@@ -19,7 +19,8 @@ def page_bound_score(
 ) -> Tensor:
     """Bound ``scale * q . k`` over the keys of each block: ``scale * sum_c max(q_c * low_c, q_c * high_c)``.
 
-    A composite of two ``qk_score``s, which read both summaries once: positive channels of ``q`` meet ``high``, negative ones ``low``.
+    A composite of two ``qk_score``s, which read both summaries once: positive channels of ``q`` meet ``high``, negative
+    ones ``low``.
 
     Args:
         q: Queries, ``[batch_size, num_q_heads, q_len, head_dim]`` with up to 16 queries, as ``tokred.qk_score`` takes them.
