@@ -23,7 +23,7 @@ struct Tile {
   static constexpr int kLoads = kDim / kStretch;        // of a lane and row
   static constexpr int kKeyTiles = kLoads > 4 ? 1 : 2;  // of 8 keys, held in registers at a time
   static constexpr int kKeys = 8 * kKeyTiles;
-  static constexpr int kBlocksPerSm = kLoads > 4 ? 2 : 3;        // registers for that many
+  static constexpr int kBlocksPerSm = kLoads > 4 ? 2 : 3;         // registers for that many
   static constexpr int kHeld = kDim * sizeof(T) > 512 ? 32 : 64;  // rows of queries: rows_per_block of the policy
   // 64 bytes more than a multiple of 128: eight lanes that load 16 bytes each, of two rows, meet every bank once.
   static constexpr int kRow = kDim + kStretch;

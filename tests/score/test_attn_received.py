@@ -453,6 +453,15 @@ def test_packed_long_sequences_are_split_as_if_alone(device, dtype, simt):
             assert_close((received[None, :, c:d], lse[None, :, a:b]), alone, rtol=0, atol=0)
 
 
+def test_bits_do_not_depend_on_what_shares_a_block(device):
+    """One long sequence among short ones, which choose smaller blocks on CUDA than it would alone."""
+    q, k, layout, _ = packed(device, torch.bfloat16, [250, *12 * [1]], [253, *12 * [1]], heads=(1, 1))
+    for options in ({"window": 6}, {"causal": True}):
+        received, lse = check(q, k, **layout, **options)
+        alone = tokred.attn_received(q[None, :250].transpose(1, 2), k[None, :253].transpose(1, 2), **options)
+        assert_close((received[None, :, :253], lse[None, :, :250]), alone, rtol=0, atol=0)
+
+
 def test_packed_companions(device):
     """lse, weights, biases and views of packed tokens."""
     q, k, layout, _ = packed(device, torch.float32, [5, 0, 33, 17], [9, 3, 0, 40])
