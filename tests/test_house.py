@@ -95,9 +95,9 @@ def test_include_table():
             if STANDARD.match(name) or name in HEADER_ONLY or name.startswith("common/"):
                 allowed = not (name.endswith(".cuh") and path.suffix not in (".cu", ".cuh"))
             elif family == "torch" or (family in FAMILIES and path.suffix == ".cpp" and not path.stem.endswith("_cpu")):
-                allowed = name.startswith(
-                    ("torch/csrc/stable/", "torch/headeronly/", "torch/glue", "torch/rows", f"{family}/")
-                ) or (family == "torch" and name in ("cuda_runtime_api.h", "sys/mman.h"))
+                allowed = name.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/glue", f"{family}/")) or (
+                    family == "torch" and name in ("cuda_runtime_api.h", "sys/mman.h")
+                )
             elif family == "python":
                 allowed = name.startswith("pybind11/")
             else:

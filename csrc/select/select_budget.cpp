@@ -2,7 +2,7 @@
 // Copyright (c) 2026 The tokred authors
 #include "select/select_budget.h"
 
-#include "torch/rows.h"
+#include "torch/glue_scores.h"
 
 namespace tokred {
 namespace {
@@ -24,7 +24,7 @@ template <Run run>
 std::tuple<Tensor, Tensor> select_budget(const Tensor& score, int64_t budget, int64_t max_k, const OptTensor& keep_mask,
                                          const OptTensor& drop_mask, const OptTensor& cu_seqlens, int64_t max_seqlen,
                                          double alpha, const std::string& rule, const std::string& order) {
-  RowsCall rows = check_rows("select_budget", score, cu_seqlens, max_seqlen);
+  RowsCall rows = check_scores("select_budget", score, cu_seqlens, max_seqlen);
   TOKRED_CHECK(rows.lead.size() == 2, "select_budget: expected a score per head, ",
                rows.packed ? "[num_heads, total_tokens]" : "[batch_size, num_heads, num_tokens]", ", got ",
                shape_of(score));

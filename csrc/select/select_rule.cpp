@@ -5,7 +5,7 @@
 #include <cmath>
 #include <utility>
 
-#include "torch/rows.h"
+#include "torch/glue_scores.h"
 
 namespace tokred {
 namespace {
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> select_rule(const Tensor& score, const std::string& r
                                        int64_t keep_first, int64_t keep_last, int64_t stride, int64_t offset,
                                        double temperature, const std::string& rounding, bool strict, int64_t seed,
                                        const std::string& order) {
-  RowsCall rows = check_rows("select_rule", score, cu_seqlens, max_seqlen);
+  RowsCall rows = check_scores("select_rule", score, cu_seqlens, max_seqlen);
   check_length("select_rule", "max_k", max_k, rows);
   TOKRED_CHECK(min_k >= 0 && min_k <= max_k, "select_rule: expected min_k in [0, max_k = ", max_k, "], got ", min_k);
   check_windows("select_rule", keep_first, keep_last, rows);

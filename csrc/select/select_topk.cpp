@@ -2,7 +2,7 @@
 // Copyright (c) 2026 The tokred authors
 #include "select/select_topk.h"
 
-#include "torch/rows.h"
+#include "torch/glue_scores.h"
 
 namespace tokred {
 namespace {
@@ -16,7 +16,7 @@ struct Call {
 Call prepare(const Tensor& score, int64_t k, const OptTensor& row_k, const OptTensor& keep_mask,
              const OptTensor& drop_mask, const OptTensor& cu_seqlens, int64_t max_seqlen, int64_t keep_first,
              int64_t keep_last, const std::string& order) {
-  RowsCall rows = check_rows("select_topk", score, cu_seqlens, max_seqlen);
+  RowsCall rows = check_scores("select_topk", score, cu_seqlens, max_seqlen);
   check_length("select_topk", row_k ? "max_k" : "k", k, rows);
   if (row_k) {
     check_per_row("select_topk", "k", *row_k, score, rows);

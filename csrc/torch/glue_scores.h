@@ -20,7 +20,7 @@ std::vector<int64_t> with_last(std::vector<int64_t> shape, int64_t last);
 RowStrides strides_between_rows(const Tensor& x, bool packed);
 
 // All that follows from score and cu_seqlens.
-RowsCall check_rows(const char* op, const Tensor& score, const OptTensor& cu_seqlens, int64_t max_seqlen);
+RowsCall check_scores(const char* op, const Tensor& score, const OptTensor& cu_seqlens, int64_t max_seqlen);
 // A tensor of the shape of score, on its device, contiguous in its last dimension.
 void check_like_score(const char* op, const char* name, const Tensor& x, const Tensor& score);
 void check_masks(const char* op, const OptTensor& keep_mask, const OptTensor& drop_mask, const Tensor& score,

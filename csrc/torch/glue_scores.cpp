@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-#include "torch/rows.h"
+#include "torch/glue_scores.h"
 
 namespace tokred {
 
@@ -14,7 +14,7 @@ RowStrides strides_between_rows(const Tensor& x, bool packed) {
   return {packed ? 0 : x.stride(0), heads ? x.stride(x.dim() - 2) : 0};
 }
 
-RowsCall check_rows(const char* op, const Tensor& score, const OptTensor& cu_seqlens, int64_t max_seqlen) {
+RowsCall check_scores(const char* op, const Tensor& score, const OptTensor& cu_seqlens, int64_t max_seqlen) {
   const bool packed = cu_seqlens.has_value();
   TOKRED_CHECK(packed ? score.dim() == 1 || score.dim() == 2 : score.dim() == 2 || score.dim() == 3, op,
                ": expected score of shape ",
