@@ -28,11 +28,16 @@ class Call:
     def __init__(self, op, sample):
         self.op = op
         self.sample = tree_map_only(torch.Tensor, torch.clone, list(sample))  # keeps strides
-        self.inputs = leaves(self.sample)
+        self.inputs = leaves(
+            [self.sample[0], {k: v for k, v in self.sample[1].items() if not k.startswith("cu_seqlens")}]
+        )
         self.first = [t.clone() for t in self.inputs]
 
     def load(self, step):
-        """Take the sample's values, shifted by ``step`` places: other data, every value still one the op may meet."""
+        """Take the sample's values, shifted by ``step`` places: other data, every value still one the op may meet.
+
+        Offsets stay: shifted they would leave tokens to no sequence, and those of the output may hold anything.
+        """
         for t, values in zip(self.inputs, self.first):
             t.copy_(values.flatten().roll(step).reshape(values.shape))
 

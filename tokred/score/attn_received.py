@@ -67,7 +67,8 @@ def attn_received(
         cu_seqlens: ``[batch_size + 1]`` int32, starts with 0, ends with ``total_q``: ``q`` and ``k`` are packed, and each
             sequence (window, image) attends within itself. ``lse`` and ``q_weight`` are then ``[num_q_heads, total_q]``,
             ``key_bias`` is ``[heads, total_k]``, positions count from the start of each sequence, and the results have no
-            batch dimension either. Tokens behind the last sequence receive 0.
+            batch dimension either. Tokens behind the last sequence receive 0; where offsets do not ascend, results are
+            undefined.
         cu_seqlens_k: Likewise for ``k`` where it has other lengths.
         max_seqlen: An upper bound of the key lengths of packed sequences. Up to 1,024 it saves a launch on CUDA.
         page_table: ``[batch_size, max_pages]`` int32: ``k`` is paged, and position ``p`` of row ``b`` lies in page
