@@ -39,11 +39,7 @@ Call prepare(const Tensor& k, int64_t block_size, const OptTensor& kv_lens, cons
   a.k_token = k.stride(packed ? 0 : 2);
   if (packed) {
     TOKRED_CHECK(!kv_lens, "block_summary: expected kv_lens or cu_seqlens, got both");
-    check_dtype(kOp, "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                 "block_summary: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_contiguous(kOp, "cu_seqlens", *cu_seqlens);
-    check_same_device(kOp, "k", k, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens(kOp, *cu_seqlens, "k", k);
     check_int32_range(kOp, "total_tokens", a.kv_len);
     a.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
     a.batch_size = cu_seqlens->size(0) - 1;

@@ -82,11 +82,7 @@ Outputs select(Run run, const Tensor& x, int64_t k, const OptTensor& weight, con
   const int64_t num_tokens = x.size(packed ? 0 : 1);
   check_int32_range(kOp, "num_tokens", num_tokens);
   if (packed) {
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, kOp,
-                 ": expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_dtype(kOp, "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_contiguous(kOp, "cu_seqlens", *cu_seqlens);
-    check_same_device(kOp, "x", x, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens(kOp, *cu_seqlens, "x", x);
     TOKRED_CHECK(max_seqlen >= 0 && max_seqlen <= num_tokens, kOp, ": expected max_seqlen in [0, ", num_tokens,
                  "], got ", max_seqlen);
     TOKRED_CHECK(k >= 0, kOp, ": expected k >= 0, got ", k);

@@ -30,11 +30,7 @@ RowsCall check_scores(const char* op, const Tensor& score, const OptTensor& cu_s
   check_last_dim(op, "score", score);
   check_int32_range(op, "num_tokens", num_tokens);
   if (packed) {
-    TOKRED_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
-                 ": expected cu_seqlens of shape [batch_size + 1], got ", shape_of(*cu_seqlens));
-    check_dtype(op, "cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_contiguous(op, "cu_seqlens", *cu_seqlens);
-    check_same_device(op, "score", score, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens(op, *cu_seqlens, "score", score);
     TOKRED_CHECK(max_seqlen >= 0 && max_seqlen <= num_tokens, op, ": expected max_seqlen in [0, ", num_tokens,
                  "], got ", max_seqlen);
   }
