@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from hard_scores import hard_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,29 +49,7 @@ def test_sizes_and_counts(device, num_tokens, simt):
 @pytest.mark.parametrize("num_tokens", [33, 577, 5003])
 @pytest.mark.parametrize("kind", ["constant", "few", "bf16 softmax", "sorted", "reversed", "nan", "inf", "periodic"])
 def test_hard_scores(device, num_tokens, kind):
-    score = torch.randn(3, num_tokens)
-    if kind == "constant":
-        score[:] = -1.5
-    elif kind == "few":
-        score = score.round()
-        score[score == 0] *= -1  # both zeros are there, and equal
-        score[:, ::3] = 0.0
-    elif kind == "bf16 softmax":
-        score = (3 * score).softmax(-1).bfloat16()
-    elif kind == "sorted":
-        score = score.sort().values
-    elif kind == "reversed":
-        score = score.sort(descending=True).values
-    elif kind == "nan":
-        score[:, ::2] = float("nan")
-        score[0] = float("nan")
-    elif kind == "inf":
-        score[:, ::5] = float("inf")
-        score[:, 1::5] = -float("inf")
-        score[:, 2::7] = float("nan")
-    elif kind == "periodic":  # a strided sample of the row would see only the small ones
-        score[:, :: num_tokens // 64 + 1] = -10
-    score = score.to(device)
+    score = hard_scores(kind, 3, num_tokens).to(device)
     x = torch.randn(3, num_tokens, 2, device=device)
     for k in (1, 7, num_tokens // 9 + 1, num_tokens // 2, num_tokens - 1):
         check(x, score, k)
