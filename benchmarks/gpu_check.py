@@ -283,7 +283,7 @@ def all_stages(facts: dict, out: Path, wheel: Path | None, rehearse: bool) -> li
     # Processes share the GPU; each has a context of half a GiB there.
     parallel = f"-n {max(2, min(8, facts['cores'] // 2))}" if facts["xdist"] else ""
     numbers = out / "bench.json"
-    length = "--smoke --op gather_tokens --threads 1" if rehearse else "--seconds 0.3"
+    length = "--smoke --op gather_tokens --threads 1" if rehearse else "--seconds 0.15"
     bench = f"rm -f {shlex.quote(str(numbers))}; {python} -m tokred bench --device {device} {length}"
     stages = [
         Stage("build", "the library and the C++ tests", 150, build, by_status),
