@@ -113,6 +113,22 @@ def no_vmap(name: str, why: str) -> None:
     torch.library.register_vmap(f"tokred::{name}", rule)
 
 
+def noise_bits(seed: int, row: int, count: int, device: torch.device) -> Tensor:
+    """Return 64 bits of noise, as int64, for each position of a row: the kernels' (splitmix64 of seed, row and position)."""
+    step, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def signed(z: int) -> int:
+        return (z & mask) - ((z & mask) >> 63 << 64)
+
+    def mix(z: Tensor) -> Tensor:  # >> of a negative number brings in ones
+        z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
+        z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
+        return z ^ ((z >> 31) & (2**33 - 1))
+
+    of_row = mix(torch.tensor(signed(seed + step * (row + 1)), device=device))
+    return mix(of_row + torch.arange(1, count + 1, device=device) * signed(step))
+
+
 def seeded(device: torch.device | str) -> Callable[..., Tensor]:
     """Return a ``randn`` of a fixed seed, drawn on the CPU so that every device sees the same numbers."""
     generator = torch.Generator().manual_seed(0)

@@ -75,13 +75,20 @@ TOKRED_HOST_DEVICE uint64_t mix64(uint64_t z) {
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return z ^ (z >> 31);
 }
-// weight / E, where E is exponential noise of (seed, row, token) alone: the k largest are a sample of k without
-// replacement. E is -log2 of a uniform number of 33 bits, in 28 bits of fraction found by squaring.
-TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
-  if (weight == 0) return kKeyNaN;
+// Noise of (seed, row, token) alone.
+TOKRED_HOST_DEVICE uint64_t noise_bits(uint64_t seed, int64_t row, int64_t token) {
   constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;
   const uint64_t of_row = mix64(seed + kStep * static_cast<uint64_t>(row + 1));
-  const uint64_t odd = (mix64(of_row + kStep * static_cast<uint64_t>(token + 1)) >> 32) * 2 + 1;
+  return mix64(of_row + kStep * static_cast<uint64_t>(token + 1));
+}
+// In [0, 1), 24 bits.
+TOKRED_HOST_DEVICE float uniform_noise(uint64_t seed, int64_t row, int64_t token) {
+  return static_cast<float>(static_cast<int32_t>(noise_bits(seed, row, token) >> 40)) * 0x1p-24f;
+}
+// weight / E, where E is exponential noise: the k largest are a sample of k without replacement. E is -log2 of a uniform number of 33 bits, in 28 bits of fraction found by squaring.
+TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
+  if (weight == 0) return kKeyNaN;
+  const uint64_t odd = (noise_bits(seed, row, token) >> 32) * 2 + 1;
   int whole = 0;
   for (int step = 32; step > 0; step /= 2) whole += (odd >> whole >> step) != 0 ? step : 0;
   uint64_t x = whole <= 30 ? odd << (30 - whole) : odd >> (whole - 30);  // in [1, 2), 30 bits of fraction

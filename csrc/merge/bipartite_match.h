@@ -2,6 +2,7 @@
 // Copyright (c) 2026 The tokred authors
 #pragma once
 #include "common/dispatch.h"
+#include "common/pair_tiles.h"
 
 namespace tokred {
 
@@ -36,14 +37,6 @@ TOKRED_HOST_DEVICE constexpr BipartiteSets bipartite_sets(int64_t num_tokens, in
   return {(num_tokens + 1) / 2, num_tokens / 2, (num_protected + 1) / 2, num_protected / 2};
 }
 
-// Sources of a CPU task: at most 256 (they stay in a 1 MiB L2 cache up to a dim of 512), split evenly so that 289 do
-// not pay for 512. A multiple of the 6 rows that meet a panel of destinations together. No bit of the result depends on
-// it.
-constexpr int64_t bipartite_block_rows(int64_t count) {
-  const int64_t tasks = count < 1 ? 1 : ceil_div(count, int64_t{256});
-  return ceil_div(ceil_div(count < 1 ? int64_t{1} : count, tasks), int64_t{6}) * 6;
-}
-
 constexpr int kBipartiteBlockSrc = 64, kBipartiteBlockDst = 128;  // of a CUDA block's tile
 constexpr int kBipartiteMaxSplits = 8;
 constexpr int kBipartiteNumberThreads = 1024, kBipartiteRankThreads = 256;  // at most, and exactly
@@ -56,9 +49,6 @@ struct BipartiteMatchPolicy {
 };
 constexpr BipartiteMatchPolicy choose_policy(const BipartiteMatchArgs& a, uint64_t address) {
   const BipartiteSets sets = bipartite_sets(a.num_tokens, a.num_protected);
-  const uint64_t bytes = static_cast<uint64_t>(element_size(a.dtype));
-  const uint64_t all = address | static_cast<uint64_t>(a.dim) * bytes | static_cast<uint64_t>(a.stride_token) * bytes |
-                       static_cast<uint64_t>(a.batch_size > 1 ? a.stride_batch : 0) * bytes;
   const int64_t rows = a.batch_size * ceil_div(sets.candidate_src(), int64_t{kBipartiteBlockSrc});
   const int64_t tiles = ceil_div(sets.candidate_dst(), int64_t{kBipartiteBlockDst});
   int64_t splits = 1;
@@ -68,7 +58,7 @@ constexpr BipartiteMatchPolicy choose_policy(const BipartiteMatchArgs& a, uint64
   const int64_t n = sets.candidate_src();
   const int items = n <= kBipartiteNumberThreads ? 1 : n <= 4 * kBipartiteNumberThreads ? 4 : 0;
   const int64_t threads = items == 1 ? std::max<int64_t>(ceil_div(n, int64_t{32}) * 32, 128) : kBipartiteNumberThreads;
-  return {all % 16 == 0, static_cast<int>(splits), tiles > 0 ? rows * splits : 0, static_cast<int>(threads), items};
+  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch), static_cast<int>(splits), tiles > 0 ? rows * splits : 0, static_cast<int>(threads), items};
 }
 
 void bipartite_match_cpu(const BipartiteMatchArgs& args);

@@ -3,5 +3,6 @@
 """Fewer tokens by merging, and back."""
 
 from tokred.merge.bipartite_match import bipartite_match as bipartite_match
+from tokred.merge.cluster_dpc_knn import cluster_dpc_knn as cluster_dpc_knn
 from tokred.merge.segment_expand import segment_expand as segment_expand
 from tokred.merge.segment_merge import segment_merge as segment_merge

@@ -192,19 +192,7 @@ def _weights(score: Tensor, eligible: Tensor, temperature: float | None) -> Tens
 
 def _lottery(weight: Tensor, seed: int, row: int) -> Tensor:
     """Return weight / E for exponential noise E of seed, row and position, float32; NaN where nothing can be drawn."""
-    step, mask = 0x9E3779B97F4A7C15, 2**64 - 1
-
-    def signed(z: int) -> int:
-        return (z & mask) - ((z & mask) >> 63 << 64)
-
-    def mix(z: Tensor) -> Tensor:  # splitmix64; >> of a negative number brings in ones
-        z = (z ^ ((z >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
-        z = (z ^ ((z >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
-        return z ^ ((z >> 31) & (2**33 - 1))
-
-    of_row = mix(torch.tensor(signed(seed + step * (row + 1)), device=weight.device))
-    place = torch.arange(1, len(weight) + 1, device=weight.device)
-    odd = ((mix(of_row + place * signed(step)) >> 32) & (2**32 - 1)) * 2 + 1
+    odd = ((_op.noise_bits(seed, row, len(weight), weight.device) >> 32) & (2**32 - 1)) * 2 + 1
     log2 = sum(((odd >> i) > 0).long() for i in range(1, 33)) + torch.zeros_like(odd)
     x = torch.where(log2 <= 30, odd << (30 - log2).clamp(min=0), odd >> (log2 - 30).clamp(min=0))
     for _ in range(28):
