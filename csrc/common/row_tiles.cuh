@@ -25,27 +25,50 @@ struct StepTile {
   }
 };
 
+// Moves one chunk, values [begin, begin + 16 / sizeof(T)) of a row that starts at from - begin; zeros where the row is not
+// valid or has ended. anywhere: an address that may be named (nothing is read of it).
+template <typename T, bool kVectorLoads>
+__device__ inline void thread_load_chunk(unsigned char* to, const T* from, bool valid, int64_t begin, int64_t dim,
+                                         const T* anywhere) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+  if constexpr (kVectorLoads) {
+    valid = valid && begin < dim;
+    cp_async_16(to, valid ? from : anywhere, valid);
+  } else {
+    Pack<T, kPerChunk> pack;
+#pragma unroll
+    for (int c = 0; c < kPerChunk; ++c) pack.v[c] = valid && begin + c < dim ? from[c] : T(0.f);
+    store_pack(reinterpret_cast<T*>(to), pack);
+  }
+}
+
 // Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become
 // zeros.
 template <typename T, bool kVectorLoads, int kRows>
 __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t stride_row, int64_t num_rows,
                                    int64_t first_column, int64_t dim) {
-  constexpr int kPerChunk = 16 / sizeof(T);
   const int column = static_cast<int>(threadIdx.x) % kChunks;
-  const int64_t begin = first_column + column * kPerChunk;
+  const int64_t begin = first_column + column * (16 / sizeof(T));
   const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
 #pragma unroll
   for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
-    if constexpr (kVectorLoads) {
-      const bool valid = row < num_rows && begin < dim;
-      cp_async_16(tile.chunk(row, column), valid ? from : rows, valid);
-    } else {
-      Pack<T, kPerChunk> pack;
+    thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, row < num_rows, begin, dim, rows);
+  }
+}
+
+// The same for rows by list: row i is rows + list[i] * stride_row, i < num_rows.
+template <typename T, bool kVectorLoads, int kRows>
+__device__ inline void thread_load_listed(StepTile<kRows>& tile, const T* rows, int64_t stride_row, const int32_t* list,
+                                          int64_t num_rows, int64_t first_column, int64_t dim) {
+  const int column = static_cast<int>(threadIdx.x) % kChunks;
+  const int64_t begin = first_column + column * (16 / sizeof(T));
 #pragma unroll
-      for (int c = 0; c < kPerChunk; ++c) pack.v[c] = row < num_rows && begin + c < dim ? from[c] : T(0.f);
-      store_pack(reinterpret_cast<T*>(tile.chunk(row, column)), pack);
-    }
+  for (int i = 0; i < kRows / kRowsPerPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    const bool valid = row < num_rows;
+    const T* from = rows + (valid ? list[row] * stride_row : 0) + begin;
+    thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, valid, begin, dim, rows);
   }
 }
 

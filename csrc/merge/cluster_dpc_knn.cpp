@@ -136,7 +136,7 @@ Plan plan_cluster_dpc_knn(const PlanSizes& sizes) {
   const auto by_tokens = [&](int64_t per_block) { return a.batch_size * ceil_div(a.max_seqlen, per_block); };
   const int64_t ranking = by_tokens(kDpcRankThreads / kDpcRankLanes);
   Plan plan;
-  plan.launches = {{"dpc_prepare_kernel", {by_tokens(kDpcPrepareRows)}, 128},
+  plan.launches = {{"dpc_prepare_kernel", {a.batch_size * dpc_prepare_blocks(a)}, 128},
                    {"dpc_nearest_kernel", {row_blocks * policy.splits}, 128},
                    {"dpc_density_kernel", {by_tokens(kDpcTokenThreads)}, kDpcTokenThreads},
                    {"dpc_rank_kernel", {ranking}, kDpcRankThreads},

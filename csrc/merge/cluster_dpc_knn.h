@@ -71,6 +71,10 @@ TOKRED_HOST_DEVICE float dpc_score(const ClusterDpcArgs& a, float log_density, f
 }
 
 constexpr int kDpcPrepareRows = 128;
+// Blocks of a sequence; one where no token is looked at, which marks them all.
+TOKRED_HOST_DEVICE constexpr int64_t dpc_prepare_blocks(const ClusterDpcArgs& a) {
+  return ceil_div(a.max_seqlen > 0 ? a.max_seqlen : int64_t{1}, int64_t{kDpcPrepareRows});
+}
 constexpr int kDpcRankThreads = 256, kDpcRankLanes = 8;  // lanes that share a token's comparisons
 constexpr int kDpcTokenThreads = 128;                    // one token each
 constexpr int kDpcCentreThreads = 1024;

@@ -82,7 +82,7 @@ def cluster_dpc_knn(
     differentiable (``x`` may require grad): merge by ``dst_idx``. No autocast rule: ``x`` is taken as it comes.
 
     Example:
-        >>> x = torch.tensor([[[0.0], [0.1], [5.0], [0.2], [5.1], [9.0]]])
+        >>> x = torch.tensor([[[0.0], [1.0], [50.0], [3.0], [52.0], [90.0]]])
         >>> centre_idx, dst_idx = tokred.cluster_dpc_knn(x, 2, k=2)
         >>> centre_idx.tolist(), dst_idx.tolist()
         ([[0, 2]], [[0, 0, 1, 0, 1, 1]])
