@@ -13,8 +13,8 @@ namespace tokred {
 
 constexpr int kPairStages = 3;  // 72 KiB of shared memory
 
-// Rows 0, 1, ... of x or, by list, list[0], list[1], ...
-template <typename T>
+// Rows 0, 1, ... of x or, if listed, list[0], list[1], ...
+template <typename T, bool kListed>
 struct PairRows {
   const T* x;
   int64_t stride;  // between rows, in elements
@@ -23,13 +23,13 @@ struct PairRows {
 
   template <bool kVectorLoads, int kRows>
   __device__ void load(StepTile<kRows>& tile, int begin, int64_t first_column, int64_t dim) const {
-    if (list) {
+    if constexpr (kListed) {
       thread_load_listed<T, kVectorLoads>(tile, x, stride, list + begin, count - begin, first_column, dim);
     } else {
       thread_load<T, kVectorLoads>(tile, x + begin * stride, stride, count - begin, first_column, dim);
     }
   }
-  __device__ int row(int i) const { return list ? list[i] : i; }
+  __device__ int row(int i) const { return kListed ? list[i] : i; }
 };
 
 struct PairStorage {
@@ -42,9 +42,9 @@ struct PairStorage {
 // columns of tiles [tile_begin, tile_end), in every thread for those it holds: four rows, r = 0 .. 3, and columns
 // ascending for each. Terms come from term(row of x) and are NaN past the end, where fold is called, too. All threads
 // of the block call it; it ends with its accumulators read and shared memory in use.
-template <typename T, bool kVectorLoads, typename Term, typename Fold>
-__device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T>& rows, int row_begin,
-                                       const PairRows<T>& cols, int tile_begin, int tile_end, int64_t dim,
+template <typename T, bool kVectorLoads, bool kRowList, bool kColList, typename Term, typename Fold>
+__device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kRowList>& rows, int row_begin,
+                                       const PairRows<T, kColList>& cols, int tile_begin, int tile_end, int64_t dim,
                                        const Term& term, Fold&& fold) {
   static_assert(kTileThreads == kPairBlockCols, "one column's term each");
   const float kNone = __uint_as_float(0x7fc00000u);
@@ -63,7 +63,7 @@ __device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T>& r
     }
     cp_async_commit();
   };
-  const auto term_of = [&](const PairRows<T>& of, int i) { return i < of.count ? term(of.row(i)) : kNone; };
+  const auto term_of = [&](const auto& of, int i) { return i < of.count ? term(of.row(i)) : kNone; };
 
   if (thread < kPairBlockRows) shared.row_term[thread] = term_of(rows, row_begin + thread);
   const int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64, lane = lane_index();
@@ -111,7 +111,7 @@ __device__ inline float pair_distance(float product, float row_square, float col
 
 // emit(row, square) for the rows [row_begin, + kTileThreads): each one's product with itself.
 template <typename T, bool kVectorLoads, typename Emit>
-__device__ inline void block_squares(StepTile<kTileThreads>& shared, const PairRows<T>& rows, int row_begin,
+__device__ inline void block_squares(StepTile<kTileThreads>& shared, const PairRows<T, false>& rows, int row_begin,
                                      int64_t dim, const Emit& emit) {
   const int num_steps = static_cast<int>(max(ceil_div<int64_t>(dim * sizeof(T), kStepBytes), int64_t{1}));
   const int first = warp_index() * 32, lane = lane_index();

@@ -42,6 +42,10 @@ __device__ inline void thread_load_chunk(unsigned char* to, const T* from, bool 
   }
 }
 
+// Rows of a thread whose loads are in flight together: all of them, or a few where they pass through registers.
+template <bool kVectorLoads, int kRows>
+constexpr int kLoadsAhead = kVectorLoads ? kRows / kRowsPerPass : 2;
+
 // Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become
 // zeros.
 template <typename T, bool kVectorLoads, int kRows>
@@ -50,7 +54,7 @@ __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t
   const int column = static_cast<int>(threadIdx.x) % kChunks;
   const int64_t begin = first_column + column * (16 / sizeof(T));
   const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
-#pragma unroll
+#pragma unroll kLoadsAhead<kVectorLoads, kRows>
   for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
     thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, row < num_rows, begin, dim, rows);
@@ -63,7 +67,7 @@ __device__ inline void thread_load_listed(StepTile<kRows>& tile, const T* rows, 
                                           int64_t num_rows, int64_t first_column, int64_t dim) {
   const int column = static_cast<int>(threadIdx.x) % kChunks;
   const int64_t begin = first_column + column * (16 / sizeof(T));
-#pragma unroll
+#pragma unroll kLoadsAhead<kVectorLoads, kRows>
   for (int i = 0; i < kRows / kRowsPerPass; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
     const bool valid = row < num_rows;

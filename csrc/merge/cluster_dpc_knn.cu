@@ -18,10 +18,18 @@ namespace {
 constexpr uint32_t kInfBits = 0x7f800000u;
 
 template <typename T>
-__device__ inline PairRows<T> rows_of(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span,
-                                      const int32_t* list, int64_t count) {
-  const T* x = static_cast<const T*>(a.x) + batch_idx * a.stride_batch + span.begin * a.stride_token;
-  return {x, a.stride_token, list, static_cast<int>(count)};
+__device__ inline const T* first_row(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span) {
+  return static_cast<const T*>(a.x) + batch_idx * a.stride_batch + span.begin * a.stride_token;
+}
+// All tokens of a sequence, and some by list.
+template <typename T>
+__device__ inline PairRows<T, false> all_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span) {
+  return {first_row<T>(a, batch_idx, span), a.stride_token, nullptr, static_cast<int>(span.len)};
+}
+template <typename T>
+__device__ inline PairRows<T, true> listed_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span,
+                                                const int32_t* list, int64_t count) {
+  return {first_row<T>(a, batch_idx, span), a.stride_token, list, static_cast<int>(count)};
 }
 __device__ inline bool is_dropped(const ClusterDpcArgs& a, int64_t token) { return a.drop_mask && a.drop_mask[token]; }
 
@@ -47,7 +55,7 @@ __global__ void __launch_bounds__(kTileThreads) dpc_prepare_kernel(const Cluster
   }
   const BlockPlace at = block_place(blockIdx.x, dpc_prepare_blocks(a));
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  block_squares<T, kVectorLoads>(shared, rows_of<T>(a, at.batch_idx, span, nullptr, span.len),
+  block_squares<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span),
                                  at.block * kDpcPrepareRows, a.dim, [&](int row, float square) {
                                    const int64_t token = span.first + row;
                                    const float none = __uint_as_float(0x7fc00000u);
@@ -78,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const DpcSpan span = dpc_span(a, at.batch_idx);
   const int row_begin = at.block * kPairBlockRows;
   if (row_begin >= span.len) return;  // the whole block
-  const PairRows<T> rows = rows_of<T>(a, at.batch_idx, span, nullptr, span.len);
+  const PairRows<T, false> rows = all_rows<T>(a, at.batch_idx, span);
   const int num_tiles = static_cast<int>(ceil_div<int64_t>(span.len, kPairBlockCols));
   float list[4][kKept], largest = 0.f;
 #pragma unroll
@@ -194,7 +202,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int row_begin = (static_cast<int>(row_blocks) - 1 - at.block) * kPairBlockRows;
   if (row_begin >= span.len) return;  // the whole block
   const int32_t* order = a.order + span.first;
-  const PairRows<T> rows = rows_of<T>(a, at.batch_idx, span, order, span.len);
+  const PairRows<T, true> rows = listed_rows<T>(a, at.batch_idx, span, order, span.len);
   const int num_tiles = static_cast<int>(
       ceil_div(min(static_cast<int>(span.len), row_begin + kPairBlockRows), int{kPairBlockCols}));
   float smallest[4];
@@ -289,8 +297,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     place[r] = -1;
   }
   block_for_pairs<T, kVectorLoads>(
-      shared, rows_of<T>(a, at.batch_idx, span, nullptr, span.len), row_begin,
-      rows_of<T>(a, at.batch_idx, span, a.centre + span.first, num_centres), num_tiles * split / num_splits,
+      shared, all_rows<T>(a, at.batch_idx, span), row_begin,
+      listed_rows<T>(a, at.batch_idx, span, a.centre + span.first, num_centres), num_tiles * split / num_splits,
       num_tiles * (split + 1) / num_splits, a.dim, [&](int row) { return a.square[span.first + row]; },
       [&](int r, int, int col, float product, float row_square, float col_square) {
         const float distance = pair_distance(product, row_square, col_square);
