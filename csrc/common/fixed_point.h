@@ -85,7 +85,8 @@ TOKRED_HOST_DEVICE uint64_t noise_bits(uint64_t seed, int64_t row, int64_t token
 TOKRED_HOST_DEVICE float uniform_noise(uint64_t seed, int64_t row, int64_t token) {
   return static_cast<float>(static_cast<int32_t>(noise_bits(seed, row, token) >> 40)) * 0x1p-24f;
 }
-// weight / E, where E is exponential noise: the k largest are a sample of k without replacement. E is -log2 of a uniform number of 33 bits, in 28 bits of fraction found by squaring.
+// weight / E, where E is exponential noise: the k largest are a sample of k without replacement. E is -log2 of a
+// uniform number of 33 bits, in 28 bits of fraction found by squaring.
 TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
   if (weight == 0) return kKeyNaN;
   const uint64_t odd = (noise_bits(seed, row, token) >> 32) * 2 + 1;

@@ -52,7 +52,7 @@ TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* l
 
 template <typename T>
 void pack_pair_rows(const PairRows<T>& rows, int64_t count, int64_t padded_rows, int64_t padded_depth, float filler,
-               float* dst) {
+                    float* dst) {
   pack_units(rows.x, rows.stride, rows.list, count, rows.dim, padded_rows, padded_depth, filler, rows.normalize,
              rows.eps, dst);
 }
@@ -99,7 +99,7 @@ void start_best(int64_t rows, float* best, int32_t* best_col) {
 }
 
 TOKRED_CLONES void fold_best(const float* value, int64_t rows, int64_t width, int32_t first_col, float* best,
-                              int32_t* best_col) {
+                             int32_t* best_col) {
   for (int64_t i = 0; i < rows; ++i) {
     float* lane = best + i * kVecLanes;
     int32_t* at = best_col + i * kVecLanes;
@@ -117,7 +117,8 @@ TOKRED_CLONES void fold_best(const float* value, int64_t rows, int64_t width, in
 }
 
 // The lanes of 16 rows are turned so that a comparison serves all of them.
-TOKRED_CLONES void best_of_lanes(const float* best, const int32_t* best_col, int64_t rows, float* value_out, int32_t* col) {
+TOKRED_CLONES void best_of_lanes(const float* best, const int32_t* best_col, int64_t rows, float* value_out,
+                                 int32_t* col) {
   alignas(64) float lane[kVecLanes * kVecLanes], at_bits[kVecLanes * kVecLanes];
   for (int64_t i = 0; i < rows; i += kVecLanes) {
     transpose_panel(best + i * kVecLanes, kVecLanes, kVecLanes, kVecLanes, lane);

@@ -27,7 +27,7 @@ struct PairRows {
 // is a multiple of kVecLanes; its padding is zero. Padding rows are filler.
 template <typename T>
 void pack_pair_rows(const PairRows<T>& rows, int64_t count, int64_t padded_rows, int64_t padded_depth, float filler,
-               float* dst);
+                    float* dst);
 
 // out[j] = column j of the panel times itself, with the very bits that dot_panel gives for a row with its like: the
 // distance of equal rows is exactly 0.

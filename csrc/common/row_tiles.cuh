@@ -25,8 +25,8 @@ struct StepTile {
   }
 };
 
-// Moves one chunk, values [begin, begin + 16 / sizeof(T)) of a row that starts at from - begin; zeros where the row is not
-// valid or has ended. anywhere: an address that may be named (nothing is read of it).
+// Moves one chunk, values [begin, begin + 16 / sizeof(T)) of a row that starts at from - begin; zeros where the row is
+// not valid or has ended. anywhere: an address that may be named (nothing is read of it).
 template <typename T, bool kVectorLoads>
 __device__ inline void thread_load_chunk(unsigned char* to, const T* from, bool valid, int64_t begin, int64_t dim,
                                          const T* anywhere) {
@@ -54,7 +54,7 @@ __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t
   const int column = static_cast<int>(threadIdx.x) % kChunks;
   const int64_t begin = first_column + column * (16 / sizeof(T));
   const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
-#pragma unroll kLoadsAhead<kVectorLoads, kRows>
+#pragma unroll kLoadsAhead < kVectorLoads, kRows>
   for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
     thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, row < num_rows, begin, dim, rows);
@@ -67,7 +67,7 @@ __device__ inline void thread_load_listed(StepTile<kRows>& tile, const T* rows, 
                                           int64_t num_rows, int64_t first_column, int64_t dim) {
   const int column = static_cast<int>(threadIdx.x) % kChunks;
   const int64_t begin = first_column + column * (16 / sizeof(T));
-#pragma unroll kLoadsAhead<kVectorLoads, kRows>
+#pragma unroll kLoadsAhead < kVectorLoads, kRows>
   for (int i = 0; i < kRows / kRowsPerPass; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
     const bool valid = row < num_rows;

@@ -58,7 +58,8 @@ constexpr BipartiteMatchPolicy choose_policy(const BipartiteMatchArgs& a, uint64
   const int64_t n = sets.candidate_src();
   const int items = n <= kBipartiteNumberThreads ? 1 : n <= 4 * kBipartiteNumberThreads ? 4 : 0;
   const int64_t threads = items == 1 ? std::max<int64_t>(ceil_div(n, int64_t{32}) * 32, 128) : kBipartiteNumberThreads;
-  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch), static_cast<int>(splits), tiles > 0 ? rows * splits : 0, static_cast<int>(threads), items};
+  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch),
+          static_cast<int>(splits), tiles > 0 ? rows * splits : 0, static_cast<int>(threads), items};
 }
 
 void bipartite_match_cpu(const BipartiteMatchArgs& args);

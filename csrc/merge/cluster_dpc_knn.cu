@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kTileThreads) dpc_prepare_kernel(const Cluster
   }
   const BlockPlace at = block_place(blockIdx.x, dpc_prepare_blocks(a));
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  block_squares<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span),
-                                 at.block * kDpcPrepareRows, a.dim, [&](int row, float square) {
+  block_squares<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), at.block * kDpcPrepareRows, a.dim,
+                                 [&](int row, float square) {
                                    const int64_t token = span.first + row;
                                    const float none = __uint_as_float(0x7fc00000u);
                                    a.square[token] = is_dropped(a, token) ? none : dpc_square(square);
@@ -144,17 +144,17 @@ __global__ void __launch_bounds__(kDpcTokenThreads) dpc_density_kernel(const Clu
     sum += list[i];
     ++count;
   }
-  a.log_density[token] = is_dropped(a, token) ? -__uint_as_float(kInfBits)
-                                              : dpc_log_density(a, sum, count, a.square[token], in_sequence);
+  a.log_density[token] =
+      is_dropped(a, token) ? -__uint_as_float(kInfBits) : dpc_log_density(a, sum, count, a.square[token], in_sequence);
 }
 
 struct RankStorage {
   unsigned long long keys[4 * kDpcRankThreads];
 };
 
-// The rank of each of a block's kDpcRankThreads / kDpcRankLanes tokens among all of its sequence: how many have a higher
-// key. keys are unique; key_at(token) is called for tokens of the sequence. kDpcRankLanes threads share a token, each of
-// which has the rank.
+// The rank of each of a block's kDpcRankThreads / kDpcRankLanes tokens among all of its sequence: how many have a
+// higher key. keys are unique; key_at(token) is called for tokens of the sequence. kDpcRankLanes threads share a token,
+// each of which has the rank.
 template <typename KeyAt>
 __device__ inline int block_rank(RankStorage& shared, int64_t len, unsigned long long own, const KeyAt& key_at) {
   constexpr int kKeys = sizeof(shared.keys) / sizeof(shared.keys[0]);
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   if (row_begin >= span.len) return;  // the whole block
   const int32_t* order = a.order + span.first;
   const PairRows<T, true> rows = listed_rows<T>(a, at.batch_idx, span, order, span.len);
-  const int num_tiles = static_cast<int>(
-      ceil_div(min(static_cast<int>(span.len), row_begin + kPairBlockRows), int{kPairBlockCols}));
+  const int num_tiles =
+      static_cast<int>(ceil_div(min(static_cast<int>(span.len), row_begin + kPairBlockRows), int{kPairBlockCols}));
   float smallest[4];
 #pragma unroll
   for (float& value : smallest) value = __uint_as_float(kInfBits);
@@ -341,8 +341,9 @@ int run(const ClusterDpcArgs& a, const ClusterDpcPolicy& policy, CUstream_st* st
   const int64_t row_blocks = a.batch_size * policy.row_blocks;
   const dim3 pairs(static_cast<unsigned>(row_blocks * policy.splits)), tile(kTileThreads);
   const dim3 ranked = by_tokens(kDpcRankThreads / kDpcRankLanes), ranking(kDpcRankThreads);
-  int error = launch(dpc_prepare_kernel<T, kVectorLoads>, dim3(static_cast<unsigned>(a.batch_size * dpc_prepare_blocks(a))), tile,
-                     sizeof(StepTile<kTileThreads>), stream, a);
+  int error =
+      launch(dpc_prepare_kernel<T, kVectorLoads>, dim3(static_cast<unsigned>(a.batch_size * dpc_prepare_blocks(a))),
+             tile, sizeof(StepTile<kTileThreads>), stream, a);
   if (error != cudaSuccess) return error;
   error = launch(dpc_nearest_kernel<T, kVectorLoads, kKept>, pairs, tile, sizeof(PairStorage), stream, a,
                  policy.row_blocks, policy.splits);
@@ -375,8 +376,8 @@ int cluster_dpc_knn_cuda(const ClusterDpcArgs& args, CUstream_st* stream) {
     using T = typename decltype(tag)::type;
     (void)dispatch_int<8, 16>(policy.kept, [&](auto kept) {
       constexpr int kKept = decltype(kept)::value;
-      error = policy.vector_loads ? run<T, true, kKept>(args, policy, stream)
-                                  : run<T, false, kKept>(args, policy, stream);
+      error =
+          policy.vector_loads ? run<T, true, kKept>(args, policy, stream) : run<T, false, kKept>(args, policy, stream);
     });
   });
   return error;

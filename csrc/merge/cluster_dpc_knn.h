@@ -32,15 +32,15 @@ struct ClusterDpcArgs {
   bool by_score;  // order of centre_idx: by falling score, else ascending
   DType dtype;
   // CUDA only, scratch; [tokens] as drop_mask, [sequence tokens] counted from a sequence's first token:
-  float* square;       // [tokens], squared norms; NaN where a token takes no part
-  float* partial;      // [2 * splits, tokens, kept], squared distances, ascending, then inf
-  uint32_t* farthest;  // [batch_size], bits of the largest squared distance
-  uint32_t* denser;    // [tokens], bits of the squared distance to the nearest denser token
+  float* square;                // [tokens], squared norms; NaN where a token takes no part
+  float* partial;               // [2 * splits, tokens, kept], squared distances, ascending, then inf
+  uint32_t* farthest;           // [batch_size], bits of the largest squared distance
+  uint32_t* denser;             // [tokens], bits of the squared distance to the nearest denser token
   unsigned long long* nearest;  // [tokens], (bits of the squared distance, place) of the nearest centre
-  int32_t* order;      // [sequence tokens], by falling density
-  int32_t* slot;       // [tokens], a centre's cluster; else -1
-  int32_t* centre;     // [sequence tokens], the centres, ascending: places
-  int32_t* cluster;    // [sequence tokens], of a place
+  int32_t* order;               // [sequence tokens], by falling density
+  int32_t* slot;                // [tokens], a centre's cluster; else -1
+  int32_t* centre;              // [sequence tokens], the centres, ascending: places
+  int32_t* cluster;             // [sequence tokens], of a place
 };
 
 constexpr int64_t kDpcMaxNeighbours = 16;  // a CUDA thread keeps lists of four tokens in registers
@@ -84,16 +84,13 @@ struct ClusterDpcPolicy {
   int kept;           // nearest distances that a thread keeps of each token: 8 or 16
   // Shares of the columns, one block each; no bit of the result depends on them.
   int splits, centre_splits;  // of all tokens, of the centres
-  int64_t row_blocks;  // of a sequence
+  int64_t row_blocks;         // of a sequence
 };
 constexpr ClusterDpcPolicy choose_policy(const ClusterDpcArgs& a, uint64_t address) {
   const int64_t blocks = ceil_div(a.max_seqlen, int64_t{kPairBlockRows});
   const int splits = pair_splits(a.batch_size * blocks, a.max_seqlen);
-  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch),
-          a.k <= 8 ? 8 : 16,
-          splits,
-          pair_splits(a.batch_size * blocks, a.num_clusters),
-          blocks};
+  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch), a.k <= 8 ? 8 : 16,
+          splits, pair_splits(a.batch_size * blocks, a.num_clusters), blocks};
 }
 
 void cluster_dpc_knn_cpu(const ClusterDpcArgs& args);

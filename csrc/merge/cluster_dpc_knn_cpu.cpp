@@ -196,9 +196,8 @@ struct Sequence {
       order[count] = s.listed[first + i];
       count += density[order[count]] == density[order[count]];
     }
-    std::sort(order, order + count, [&](int32_t i, int32_t j) {
-      return density[i] != density[j] ? density[i] > density[j] : i < j;
-    });
+    std::sort(order, order + count,
+              [&](int32_t i, int32_t j) { return density[i] != density[j] ? density[i] > density[j] : i < j; });
     s.num_ordered[batch] = count;
   }
 

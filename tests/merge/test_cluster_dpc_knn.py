@@ -18,7 +18,10 @@ ORDERS = ["index", "score"]
 
 def test_floor_by_hand():
     x = torch.empty(4, 3136, 64, dtype=torch.bfloat16, device="meta")  # floors look at shapes and dtypes alone
-    read, written = 4 * 3136 * 128, 4 * 784 * 8 + 4 * 4 + 4 * 3136 * 16  # tokens in; centres, counts, three per token out
+    read, written = (
+        4 * 3136 * 128,
+        4 * 784 * 8 + 4 * 4 + 4 * 3136 * 16,
+    )  # tokens in; centres, counts, three per token out
     assert floor(x, 784) == (read + written, 2 * 4 * 3136 * (3136 + 784) * 64)
     drop_mask = torch.empty(4, 3136, dtype=torch.bool, device="meta")
     assert floor(x, 784, k=3, drop_mask=drop_mask) == (

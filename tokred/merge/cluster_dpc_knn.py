@@ -170,7 +170,7 @@ def reference(
     score, log_density = (torch.full(x.shape[:-1], -torch.inf, dtype=wide, device=x.device) for _ in range(2))
     num_centres = torch.zeros(batch_size, dtype=torch.int32, device=x.device)
     for b in range(batch_size):
-        part = b
+        part: Any = b
         if ends is not None:
             length = ends[b + 1] - ends[b] if max_seqlen is None else min(ends[b + 1] - ends[b], max_seqlen)
             part = slice(ends[b], ends[b] + length)
