@@ -85,10 +85,9 @@ TOKRED_HOST_DEVICE uint64_t noise_bits(uint64_t seed, int64_t row, int64_t token
 TOKRED_HOST_DEVICE float uniform_noise(uint64_t seed, int64_t row, int64_t token) {
   return static_cast<float>(static_cast<int32_t>(noise_bits(seed, row, token) >> 40)) * 0x1p-24f;
 }
-// weight / E, where E is exponential noise: the k largest are a sample of k without replacement. E is -log2 of a
+// Exponential noise E in units of 2^-28 bits: of weights w, the largest w / E is drawn with odds w. E is -log2 of a
 // uniform number of 33 bits, in 28 bits of fraction found by squaring.
-TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
-  if (weight == 0) return kKeyNaN;
+TOKRED_HOST_DEVICE int64_t exponential_noise(uint64_t seed, int64_t row, int64_t token) {
   const uint64_t odd = (noise_bits(seed, row, token) >> 32) * 2 + 1;
   int whole = 0;
   for (int step = 32; step > 0; step /= 2) whole += (odd >> whole >> step) != 0 ? step : 0;
@@ -101,7 +100,12 @@ TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t r
     log2 = 2 * log2 + bit;
   }
   const int64_t noise = (int64_t{33} << 28) - log2;
-  return score_key(static_cast<float>(weight) / static_cast<float>(noise > 0 ? noise : 1));
+  return noise > 0 ? noise : 1;
+}
+// weight / E: the k largest are a sample of k without replacement.
+TOKRED_HOST_DEVICE uint32_t lottery_key(int64_t weight, uint64_t seed, int64_t row, int64_t token) {
+  if (weight == 0) return kKeyNaN;
+  return score_key(static_cast<float>(weight) / static_cast<float>(exponential_noise(seed, row, token)));
 }
 
 // factor * x + y, rounded twice whatever the compiler would like to fuse.

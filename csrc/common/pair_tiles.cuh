@@ -40,12 +40,14 @@ struct PairStorage {
 
 // Calls fold(r, row, col, product, row_term, col_term) for each pair of the rows [row_begin, + kPairBlockRows) and the
 // columns of tiles [tile_begin, tile_end), in every thread for those it holds: four rows, r = 0 .. 3, and columns
-// ascending for each. Terms come from term(row of x) and are NaN past the end, where fold is called, too. All threads
+// ascending for each. Terms come from row_term_of and
+// col_term_of(row of x) and are NaN past the end, where fold is called, too. All threads
 // of the block call it; it ends with its accumulators read and shared memory in use.
-template <typename T, bool kVectorLoads, bool kRowList, bool kColList, typename Term, typename Fold>
+template <typename T, bool kVectorLoads, bool kRowList, bool kColList, typename RowTerm, typename ColTerm,
+          typename Fold>
 __device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kRowList>& rows, int row_begin,
                                        const PairRows<T, kColList>& cols, int tile_begin, int tile_end, int64_t dim,
-                                       const Term& term, Fold&& fold) {
+                                       const RowTerm& row_term_of, const ColTerm& col_term_of, Fold&& fold) {
   static_assert(kTileThreads == kPairBlockCols, "one column's term each");
   const float kNone = __uint_as_float(0x7fc00000u);
   const int num_steps = static_cast<int>(max(ceil_div<int64_t>(dim * sizeof(T), kStepBytes), int64_t{1}));
@@ -63,9 +65,12 @@ __device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kR
     }
     cp_async_commit();
   };
-  const auto term_of = [&](const auto& of, int i) { return i < of.count ? term(of.row(i)) : kNone; };
+  const auto col_term_at = [&](int i) { return i < cols.count ? col_term_of(cols.row(i)) : kNone; };
 
-  if (thread < kPairBlockRows) shared.row_term[thread] = term_of(rows, row_begin + thread);
+  if (thread < kPairBlockRows) {
+    const int row = row_begin + thread;
+    shared.row_term[thread] = row < rows.count ? row_term_of(rows.row(row)) : kNone;
+  }
   const int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64, lane = lane_index();
   float acc[2][8][4] = {}, next_term = kNone;
   for (int it = 0; it < kPairStages - 1; ++it) load(it);
@@ -75,7 +80,7 @@ __device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kR
     __syncthreads();  // step it is there for all, and step it - 1 and the terms of the tile before are read by all
     load(it + kPairStages - 1);
     const int col_begin = tile * kPairBlockCols;
-    if (step == 0) next_term = term_of(cols, col_begin + thread);
+    if (step == 0) next_term = col_term_at(col_begin + thread);
     warp_product<T>(shared.rows[it % kPairStages], shared.cols[it % kPairStages], first_row, first_col,
                     cols.count - col_begin, acc);
     if (++step < num_steps) continue;

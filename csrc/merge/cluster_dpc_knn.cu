@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   float list[4][kKept], largest = 0.f;
 #pragma unroll
   for (int i = 0; i < 4 * kKept; ++i) list[i / kKept][i % kKept] = __uint_as_float(kInfBits);
-  block_for_pairs<T, kVectorLoads>(
-      shared, rows, row_begin, rows, num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
-      [&](int row) { return a.square[span.first + row]; },
-      [&](int r, int, int, float product, float row_square, float col_square) {
-        const float distance = pair_distance(product, row_square, col_square);
-        if (distance > largest) largest = distance;
-        if (distance < list[r][kKept - 1]) thread_keep(list[r], distance);
-      });
+  const auto square_of = [&](int row) { return a.square[span.first + row]; };
+  block_for_pairs<T, kVectorLoads>(shared, rows, row_begin, rows, num_tiles * split / num_splits,
+                                   num_tiles * (split + 1) / num_splits, a.dim, square_of, square_of,
+                                   [&](int r, int, int, float product, float row_square, float col_square) {
+                                     const float distance = pair_distance(product, row_square, col_square);
+                                     if (distance > largest) largest = distance;
+                                     if (distance < list[r][kKept - 1]) thread_keep(list[r], distance);
+                                   });
   largest = warp_max(largest);
   if (lane_index() == 0 && largest > 0.f) atomicMax(a.farthest + at.batch_idx, __float_as_uint(largest));
   // Four lanes share a row, and so do two warps, whose lists are shares of their own.
@@ -208,13 +208,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   float smallest[4];
 #pragma unroll
   for (float& value : smallest) value = __uint_as_float(kInfBits);
-  block_for_pairs<T, kVectorLoads>(
-      shared, rows, row_begin, rows, num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
-      [&](int row) { return a.square[span.first + row]; },
-      [&](int r, int row, int col, float product, float row_square, float col_square) {
-        const float distance = pair_distance(product, row_square, col_square);
-        if (col < row && distance < smallest[r]) smallest[r] = distance;
-      });
+  const auto square_of = [&](int row) { return a.square[span.first + row]; };
+  block_for_pairs<T, kVectorLoads>(shared, rows, row_begin, rows, num_tiles * split / num_splits,
+                                   num_tiles * (split + 1) / num_splits, a.dim, square_of, square_of,
+                                   [&](int r, int row, int col, float product, float row_square, float col_square) {
+                                     const float distance = pair_distance(product, row_square, col_square);
+                                     if (col < row && distance < smallest[r]) smallest[r] = distance;
+                                   });
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const uint32_t bits = warp_reduce<4>(__float_as_uint(smallest[r]), Min());
@@ -296,17 +296,18 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     smallest[r] = __uint_as_float(kInfBits);
     place[r] = -1;
   }
-  block_for_pairs<T, kVectorLoads>(
-      shared, all_rows<T>(a, at.batch_idx, span), row_begin,
-      listed_rows<T>(a, at.batch_idx, span, a.centre + span.first, num_centres), num_tiles * split / num_splits,
-      num_tiles * (split + 1) / num_splits, a.dim, [&](int row) { return a.square[span.first + row]; },
-      [&](int r, int, int col, float product, float row_square, float col_square) {
-        const float distance = pair_distance(product, row_square, col_square);
-        if (distance < smallest[r]) {  // columns ascend: ties stay with the lowest
-          smallest[r] = distance;
-          place[r] = col;
-        }
-      });
+  const auto square_of = [&](int row) { return a.square[span.first + row]; };
+  block_for_pairs<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), row_begin,
+                                   listed_rows<T>(a, at.batch_idx, span, a.centre + span.first, num_centres),
+                                   num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
+                                   square_of, square_of,
+                                   [&](int r, int, int col, float product, float row_square, float col_square) {
+                                     const float distance = pair_distance(product, row_square, col_square);
+                                     if (distance < smallest[r]) {  // columns ascend: ties stay with the lowest
+                                       smallest[r] = distance;
+                                       place[r] = col;
+                                     }
+                                   });
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     unsigned long long best = ~0ull;

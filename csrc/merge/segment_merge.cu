@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(512)
     sort_tokens_kernel(const SegmentMergeArgs a, int segments_per_sort, int num_ranges) {
   TOKRED_SHARED(SortStorage, s);
   const int64_t batch_idx = blockIdx.x / static_cast<unsigned>(num_ranges);
+  if (a.skip && a.skip[batch_idx]) return;  // the whole block
   const int range = static_cast<int>(blockIdx.x % static_cast<unsigned>(num_ranges));
   const int num_tokens = static_cast<int>(a.num_tokens), num_out = static_cast<int>(a.num_out);
   const int first_segment = range * segments_per_sort;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
   const unsigned row = blockIdx.x / num_chunks * blockDim.y + threadIdx.y;
   if (row >= static_cast<uint64_t>(a.batch_size * a.num_out)) return;  // no barrier follows
   const unsigned num_out = static_cast<unsigned>(a.num_out), batch_idx = row / num_out, segment = row % num_out;
+  if (a.skip && a.skip[batch_idx]) return;  // no barrier follows
   const int32_t* const offsets = a.offsets + int64_t{batch_idx} * (a.num_out + 1) + segment;
   const int64_t row_start = batch_idx * a.num_tokens;
   const int begin = offsets[0], end = offsets[1];

@@ -17,6 +17,7 @@ struct SegmentMergeArgs {
   int32_t*
       offsets;     // [batch_size, num_out + 1], scratch: segment j of a row has members order[offsets[j]..offsets[j+1])
   int32_t* order;  // [batch_size, num_tokens], scratch: tokens by segment, ascending in each
+  const int32_t* skip;  // [batch_size], not 0: nothing of the row is read or written; null: none
   int64_t batch_size, num_tokens, num_out, dim;
   int64_t stride_batch, stride_token;  // of x, in elements
   DType dtype;                         // of x and merged

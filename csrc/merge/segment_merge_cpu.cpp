@@ -148,6 +148,7 @@ void merge_all(const SegmentMergeArgs& a) {
   parallel_for(num_chunks * a.batch_size * units, grain, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin / units; part * units < end; ++part) {
       const int64_t batch_idx = part % a.batch_size, chunk = part / a.batch_size;
+      if (a.skip && a.skip[batch_idx]) continue;
       const int32_t* offsets = a.offsets + batch_idx * (a.num_out + 1);
       const int32_t* order = a.order + batch_idx * a.num_tokens;
       const int64_t first = begin - part * units, last = end - part * units;
@@ -177,6 +178,7 @@ void segment_merge_cpu(const SegmentMergeArgs& a) {
   if (a.batch_size * a.num_out == 0) return;
   parallel_for(a.batch_size, 1 + 32768 / (a.num_tokens + a.num_out), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
+      if (a.skip && a.skip[b]) continue;
       int32_t* offsets = a.offsets + b * (a.num_out + 1);
       int32_t* order = a.order + b * a.num_tokens;
       if (a.dst_idx.is_int64) {

@@ -4,5 +4,6 @@
 
 from tokred.merge.bipartite_match import bipartite_match as bipartite_match
 from tokred.merge.cluster_dpc_knn import cluster_dpc_knn as cluster_dpc_knn
+from tokred.merge.cluster_kmeans import cluster_kmeans as cluster_kmeans
 from tokred.merge.segment_expand import segment_expand as segment_expand
 from tokred.merge.segment_merge import segment_merge as segment_merge
