@@ -74,7 +74,7 @@ def check_row(x, num_clusters, centres, dst_idx, score, log_density, *, k=5, dro
         if i in expected:
             assert expected[dst_idx[i]] == i
         elif i not in good or not any(c in good for c in expected):
-            assert expected and expected[dst_idx[i]] == min(expected) or (not expected and dst_idx[i] == -1)
+            assert expected[dst_idx[i]] == min(expected) if expected else dst_idx[i] == -1
         else:
             to = {c: float(d[i, c]) for c in expected if c in good}
             chosen = expected[dst_idx[i]]

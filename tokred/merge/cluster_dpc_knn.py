@@ -223,10 +223,10 @@ def floor(
     return_num_centres: bool = False,
     return_score: bool = False,
 ) -> _op.Floor:
-    """Tokens read once, outputs written; each pair's product once for densities and, without storing it, once more for
-    distances to denser tokens, and the product of tokens and centres.
+    """Tokens read once, outputs written; the product of each pair of tokens, and of tokens and centres.
 
-    Packed: as if all sequences were equally long.
+    Each pair of two tokens is counted twice: once for densities and, since it is not stored, once for distances to denser
+    tokens. Packed: as if all sequences were equally long.
     """
     batch_size = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tokens, dim = x.numel() // max(x.shape[-1], 1), x.shape[-1]

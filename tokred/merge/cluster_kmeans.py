@@ -121,7 +121,9 @@ def _reference_row(x: Tensor, num_clusters: int, starts: Any, drop: Any, o: dict
             pick = int(_lowest_argmax(value.masked_fill(bad | taken, torch.nan))) if num_tokens else -1
             picks.append(pick if pick >= 0 or not step else picks[0])
             if pick >= 0:
-                nearest = torch.minimum(nearest, (1.0 if cosine else 0.0) - similarity(wide, wide[pick : pick + 1])[:, 0])
+                nearest = torch.minimum(
+                    nearest, (1.0 if cosine else 0.0) - similarity(wide, wide[pick : pick + 1])[:, 0]
+                )
                 nearest = nearest.clamp_min(0)
         at = torch.tensor(picks, device=x.device)
         starts = x[at.clamp_min(0)] * (at >= 0)[:, None] if num_tokens else x.new_zeros(num_clusters, x.shape[1])
@@ -176,7 +178,9 @@ def reference(
     for b in range(batch_size):
         starts = init[b] if isinstance(init, Tensor) else None
         drop = None if drop_mask is None else drop_mask[b]
-        centroids[b], dst_idx[b], num_members[b], num_iter[b] = _reference_row(x[b], num_clusters, starts, drop, options)
+        centroids[b], dst_idx[b], num_members[b], num_iter[b] = _reference_row(
+            x[b], num_clusters, starts, drop, options
+        )
     out = (centroids, dst_idx, num_members, num_iter)
     return out if return_counts else out[:2]
 
