@@ -107,14 +107,16 @@ __global__ void __launch_bounds__(kTileThreads) kmeans_terms_kernel(const Cluste
   TOKRED_SHARED(StepTile<kTileThreads>, shared);
   const int64_t blocks = ceil_div<int64_t>(a.num_clusters, kKmeansPrepareRows), batch_idx = blockIdx.x / blocks;
   if (!all && a.done[batch_idx]) return;  // the whole block
-  block_squares<T, kVectorLoads>(shared, centroids_of<T>(a, batch_idx),
-                                 static_cast<int>(blockIdx.x % blocks) * kKmeansPrepareRows, a.dim,
-                                 [&](int row, float square) {
-                                   const int64_t j = batch_idx * a.num_clusters + row;
-                                   a.centroid_term[j] = kmeans_term(a.cosine, square, false);
-                                   a.pick[j] = 0;
-                                   a.num_members[j] = 0;
-                                 });
+  const int first = static_cast<int>(blockIdx.x % blocks) * kKmeansPrepareRows;
+  static_assert(kKmeansPrepareRows == kTileThreads, "one centroid each");
+  if (first + threadIdx.x < a.num_clusters) {
+    const int64_t j = batch_idx * a.num_clusters + first + threadIdx.x;
+    a.pick[j] = 0;
+    a.num_members[j] = 0;
+  }
+  block_squares<T, kVectorLoads>(shared, centroids_of<T>(a, batch_idx), first, a.dim, [&](int row, float square) {
+    a.centroid_term[batch_idx * a.num_clusters + row] = kmeans_term(a.cosine, square, false);
+  });
 }
 
 // grid: batch_size * row_blocks * splits, the splits of one block side by side: they read the same rows.

@@ -136,7 +136,8 @@ def _reference_row(x: Tensor, num_clusters: int, starts: Any, drop: Any, o: dict
         return _lowest_argmax(value)
 
     num_iter = 0
-    for num_iter in range(1, o["max_iter"] + 1):
+    while num_iter < o["max_iter"]:
+        num_iter += 1
         cluster = assign()
         moved = 0.0
         for j in range(num_clusters):
