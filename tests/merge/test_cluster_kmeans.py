@@ -88,10 +88,10 @@ def planted(batch_size, num_tokens, dim, dtype, device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("init", ["kkz", "kmeans++"])
 @pytest.mark.parametrize("update", ["mean", "medoid"])
-def test_reference_step_by_step(device, metric, init, update):
+def test_reference_step_by_step(device, metric, init, update, simt):
     """The same way as the definition in float64, for as many steps; groups keep rounding out of it."""
-    x, _ = grouped(2, 90, 24, 7, torch.float32, device)
-    for max_iter in (0, 1, 3, 20):
+    x, _ = grouped(2, 70 if simt else 90, 24, 7, torch.float32, device)
+    for max_iter in (0, 3) if simt else (0, 1, 3, 20):
         rules = {"metric": metric, "init": init, "update": update, "max_iter": max_iter, "seed": 11, "tol": 1e-3}
         actual = check(x, 7, **rules)
         assert_close(list(actual), list(reference(x, 7, return_counts=True, **rules)), rtol=1e-5, atol=1e-4)
@@ -140,10 +140,10 @@ def test_dims(device, dim, dtype):
 
 
 def test_ties_go_to_the_lowest_index(device, dtype):
-    x = torch.ones(1, 9, 4, device=device, dtype=dtype)
+    x = torch.ones(1, 8, 4, device=device, dtype=dtype)
     for init in ("kkz", "kmeans++"):
         centroids, dst_idx, num_members, num_iter = check(x, 3, init=init, exact=True)
-        assert (dst_idx == 0).all() and num_members.tolist() == [[9, 0, 0]] and num_iter.tolist() == [1]
+        assert (dst_idx == 0).all() and num_members.tolist() == [[8, 0, 0]] and num_iter.tolist() == [1]
         assert (centroids == 1).all()  # empty clusters keep their starts
     x = planted(2, 60, 2, dtype, device)
     check(x, 5, max_iter=0, exact=True)
@@ -224,8 +224,8 @@ def test_kmeanspp_draws_by_distance(device, simt):
 
 def test_converged_rows_stay(device):
     """A row's result does not depend on how long its neighbours need, nor on the iterations left."""
-    x, _ = grouped(4, 70, 6, 5, torch.float32, device)
-    x[0] = 1.0  # converges at once: its mean is exact
+    x, _ = grouped(4, 64, 6, 5, torch.float32, device)
+    x[0] = 1.0  # converges at once: its mean, 64 shares of 1 / 64, is exact
     out = check(x, 5, max_iter=15)
     assert out[3][0] == 1 and out[3].max() < 15
     longer = tokred.cluster_kmeans(x, 5, max_iter=30, return_counts=True)
@@ -234,7 +234,7 @@ def test_converged_rows_stay(device):
     assert (stopped[3] == 1).all()
 
 
-@pytest.mark.parametrize("shape", [(4, 130, 24), (3, 400, 64)])
+@pytest.mark.parametrize("shape", [(3, 130, 24), (3, 400, 64)])
 def test_row_is_independent_of_its_batch(device, threads, dtype, shape, simt):
     if simt and (shape[1] > 300 or dtype != torch.float32):
         return
@@ -245,7 +245,7 @@ def test_row_is_independent_of_its_batch(device, threads, dtype, shape, simt):
             t
             for init in ("kkz", "kmeans++")
             for update in ("mean", "medoid")
-            for t in tokred.cluster_kmeans(rows, 9, init=init, update=update, max_iter=3, return_counts=True)
+            for t in tokred.cluster_kmeans(rows, 6, init=init, update=update, max_iter=2, return_counts=True)
         ]
 
     alone = [torch.cat(rows) for rows in zip(*(run(x[b : b + 1]) for b in range(shape[0])))]
