@@ -19,52 +19,6 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kLanes = kVecLanes;  // sums and maxima in one fixed order
 
-// Rows 0, 1, ... or, by list, list[0], list[1], ..., widened and, if asked, scaled to unit length, eight at a time.
-// padded_depth is a multiple of kVecLanes; its padding is zero. Padding rows are filler.
-template <typename T>
-TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
-                              int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps,
-                              float* dst) {
-  const int64_t stride = dot_stride(padded_depth);
-  for (int64_t i = 0; i < rows; i += 8) {
-    Vec16 square[8];
-    for (int64_t j = 0; j < 8; ++j) {
-      square[j] = Vec16{};
-      if (i + j >= rows) continue;
-      const T* row = src + (list ? int64_t{list[i + j]} : i + j) * stride_row;
-      float* out = dst + (i + j) * stride;
-      Vec16 sum = {};
-      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
-        Vec16 value;
-        if (c + kVecLanes <= depth) {
-          load16(row + c, value);
-        } else {
-          load_part(row + c, std::max<int64_t>(depth - c, 0), value);
-        }
-        store16(out + c, value);
-        sum += value * value;
-      }
-      square[j] = sum;
-    }
-    if (!normalize) continue;
-    float scale[8];
-    sum_lanes8(square, scale);
-    for (int j = 0; j < 8; ++j) {
-      const float norm = __builtin_sqrtf(scale[j]);
-      scale[j] = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
-    }
-    for (int64_t j = 0; j < 8 && i + j < rows; ++j) {
-      float* out = dst + (i + j) * stride;
-      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
-        Vec16 value;
-        load16(out + c, value);
-        store16(out + c, value * scale[j]);
-      }
-    }
-  }
-  std::fill(dst + rows * stride, dst + padded_rows * stride, filler);
-}
-
 // Folds similarities, [rows, width], into each source's best lanes. Within a lane columns ascend and only a larger
 // value replaces, so ties stay with the lowest; a lane is NaN until the first number, and NaN, in the data and in the
 // panel's padding, is passed over.
@@ -152,15 +106,15 @@ void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
   const int64_t lane_rows = ceil_div(rows, int64_t{kLanes}) * kLanes;
   const int64_t step = 2 * a.stride_token, stride = dot_stride(padded_depth);
   const T* first_dst = metric + (2 * sets.first_dst + 1) * a.stride_token;
-  pack_units(metric + begin * step, step, nullptr, rows, a.dim, padded_rows, padded_depth, 0.f, a.normalize, a.eps,
-             s.src.data());
+  pack_units(a.dtype, metric + begin * step, step, nullptr, rows, a.dim, padded_rows, padded_depth, 0.f, a.normalize,
+             a.eps, s.src.data());
   std::fill_n(s.best.data(), lane_rows * kLanes, kNaN);
   std::fill_n(s.best_col.data(), lane_rows * kLanes, 0);
   for (int64_t col = 0; col < num_dst;) {
     const int64_t width = num_dst - col > kVecLanes ? dot_columns() : kVecLanes;
     const int64_t cols = std::min(width, num_dst - col);
-    pack_units(protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr, cols, a.dim,
-               width, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
+    pack_units(a.dtype, protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr,
+               cols, a.dim, width, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
     transpose_panel(s.dst.data(), stride, width, padded_depth, s.panel.data());
     // Tile by tile, each after asking for its share of the tokens that the next batch row has at these places.
     const int64_t share = fetch_next ? ceil_div(2 * cols * kDotRows, padded_rows) : 0;

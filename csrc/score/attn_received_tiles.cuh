@@ -84,20 +84,6 @@ __device__ inline const T* keys_of_head(const AttnReceivedArgs& a, const AttnSeq
   return static_cast<const T*>(a.k) + s.batch * a.stride_k.batch + kv_head / a.k_repeat * a.stride_k.head;
 }
 
-// The largest b in [0, last] with before(b) <= value, where before grows and before(0) <= value. Valid in every lane.
-template <typename Before>
-__device__ inline int warp_search(int last, int64_t value, const Before& before) {
-  int low = 0, count = last + 1;
-  while (count > 1) {
-    const int step = ceil_div(count, kWarpSize), at = low + lane_index() * step;
-    const unsigned votes = __ballot_sync(kFullMask, at < low + count && before(at) <= value);
-    const int passed = max(__popc(votes) - 1, 0) * step;
-    low += passed;
-    count = min(step, count - passed);
-  }
-  return low;
-}
-
 __device__ inline AttnPlace locate(const AttnReceivedArgs& a, const AttnBlocks& blocks) {
   const unsigned per_head = static_cast<unsigned>(blocks.per_head), head = blockIdx.x / per_head;
   int index = static_cast<int>(blockIdx.x % per_head);

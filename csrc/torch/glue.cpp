@@ -145,12 +145,12 @@ void check_same_device(const char* op, const char* first, const Tensor& x, const
                device_of(other));
 }
 
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x) {
-  TOKRED_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op,
-               ": expected cu_seqlens of shape [batch_size + 1], got ", shape_of(cu_seqlens));
-  check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
-  check_contiguous(op, "cu_seqlens", cu_seqlens);
-  check_same_device(op, first, x, "cu_seqlens", cu_seqlens);
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x, const char* name) {
+  TOKRED_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": expected ", name,
+               " of shape [batch_size + 1], got ", shape_of(cu_seqlens));
+  check_dtype(op, name, cu_seqlens, ScalarType::Int);
+  check_contiguous(op, name, cu_seqlens);
+  check_same_device(op, first, x, name, cu_seqlens);
 }
 
 void check_int32_range(const char* op, const char* name, int64_t value) {
