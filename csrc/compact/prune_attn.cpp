@@ -87,10 +87,8 @@ void check_bias(const Tensor& x, const Tensor& bias, bool packed, PruneAttnArgs&
   check_last_dim(kOp, "key_bias", bias);
   a.key_bias = static_cast<const float*>(bias.const_data_ptr());
   a.bias_batch = packed ? 0 : bias.stride(0);
-  if (heads == 1) return;
-  const int64_t stride = bias.stride(head_dim);
-  a.bias_kv_head = heads == rows.num_q_heads ? stride * rows.group() : stride;
-  a.bias_in_group = heads == rows.num_q_heads ? stride : 0;
+  a.bias_head = bias.stride(head_dim);
+  a.bias_repeat = static_cast<int>(rows.num_q_heads / heads);
 }
 
 void check_options(const Tensor& x, const Options& o, PruneAttnArgs& a) {

@@ -58,19 +58,25 @@ __device__ inline Normalizer normalizer_of(const ExpSum& x) {
   return {ExpSum::safe(x.peak), x.sum == 0.f ? 0.f : 1.f / x.sum};
 }
 
+// The score of a key, which exists.
 __device__ inline float score_of(const PruneAttnArgs& a, const RowLogits& logits, const Normalizer* normalizer,
-                                 int64_t batch_idx, const TokenSpan& keys, int64_t token) {
-  const int64_t key = a.first_key + token;
-  if (key >= keys.len) return 0.f;
+                                 int64_t batch_idx, const TokenSpan& keys, int64_t key) {
   const int heads = static_cast<int>(a.qk.num_q_heads);
+  const float* at = logits.data + key;
   float score = 0.f;
 #pragma unroll 4
-  for (int head = 0; head < heads; ++head) {
-    const float x = logit2(logits.data + head * logits.stride, a.bias(batch_idx, head, keys), key);
-    const float p = fast_exp2(x - normalizer[head].base) * normalizer[head].factor;
+  for (int head = 0; head < heads; ++head, at += logits.stride) {
+    float x = *at;
+    if (a.key_bias) x += a.bias(batch_idx, head, keys)[key];
+    const float p = fast_exp2(x * kLog2e - normalizer[head].base) * normalizer[head].factor;
     score = a.reduce == HeadReduce::kMax ? max_nan(score, p) : score + p;
   }
   return a.reduce == HeadReduce::kMean ? score * (1.f / static_cast<float>(heads)) : score;
+}
+__device__ inline float score_of_token(const PruneAttnArgs& a, const RowLogits& logits, const Normalizer* normalizer,
+                                       int64_t batch_idx, const TokenSpan& keys, int64_t token) {
+  const int64_t key = a.first_key + token;
+  return key < keys.len ? score_of(a, logits, normalizer, batch_idx, keys, key) : 0.f;
 }
 
 // In shared memory behind the struct of a kernel.
@@ -110,7 +116,7 @@ __device__ inline void block_prune(const PruneAttnArgs& a, int64_t batch_idx, co
   float* out = a.scores_of(batch_idx, tokens);
   const int64_t num_scores = split == 0 ? a.num_scores(batch_idx, tokens) : tokens.len;
   for (int64_t token = thread_rank(); token < num_scores; token += num_threads_in_block()) {
-    const float score = token < tokens.len ? score_of(a, logits, memory.normalizer, batch_idx, keys, token) : 0.f;
+    const float score = token < tokens.len ? score_of_token(a, logits, memory.normalizer, batch_idx, keys, token) : 0.f;
     if (token < tokens.len) memory.score[token] = score;
     if (split == 0) out[token] = score;
   }
@@ -181,7 +187,9 @@ __global__ void __launch_bounds__(kPruneAttnThreads) prune_attn_sum_kernel(const
   TOKRED_SHARED_BYTES(bytes);  // not as a struct: ExpSum has initialisers
   ExpSum* parts = reinterpret_cast<ExpSum*>(bytes);
   constexpr int kWarps = kPruneAttnThreads / kWarpSize;
-  const int64_t batch_idx = blockIdx.x / a.qk.num_q_heads, head = blockIdx.x % a.qk.num_q_heads;
+  const unsigned heads = static_cast<unsigned>(a.qk.num_q_heads);
+  const int64_t batch_idx = blockIdx.x / heads;
+  const int head = static_cast<int>(blockIdx.x % heads);
   const TokenSpan keys = a.qk.keys(batch_idx);
   const RowLogits logits = logits_of(a, batch_idx, keys);
   ExpSum total;
@@ -206,7 +214,7 @@ __global__ void __launch_bounds__(kPruneAttnThreads) prune_attn_score_kernel(con
   const int64_t num_scores = a.num_scores(batch_idx, tokens), step = int64_t{tiles} * kPruneAttnThreads;
   for (int64_t t = int64_t{blockIdx.x % static_cast<unsigned>(tiles)} * kPruneAttnThreads + thread_rank();
        t < num_scores; t += step) {
-    out[t] = t < tokens.len ? score_of(a, logits, normalizer, batch_idx, keys, t) : 0.f;
+    out[t] = t < tokens.len ? score_of_token(a, logits, normalizer, batch_idx, keys, t) : 0.f;
   }
 }
 

@@ -12,18 +12,17 @@ enum class HeadReduce : int8_t { kMean, kSum, kMax };
 struct PruneAttnArgs {
   PruneTopkArgs prune;    // its scores, of the rows, are score
   QkRows qk;              // one query per row, heads apart; out is scratch, which one launch does without
-  const float* key_bias;  // [batch_size, num_q_heads, kv_len] by strides; packed [num_q_heads, num_keys]; null: 0
-  int64_t bias_batch, bias_kv_head, bias_in_group;  // strides of its heads: of a group, and within one
-  float* score;                                     // [batch_size, num_tokens] or, packed, [total_tokens]; contiguous
-  float* normalizer;                                // CUDA, long rows: [batch_size, num_q_heads, 2]
+  const float* key_bias;  // [batch_size, heads, kv_len] by strides; packed [heads, num_keys]; null: 0
+  int64_t bias_batch, bias_head;
+  int bias_repeat;    // query heads that share a head of it
+  float* score;       // [batch_size, num_tokens] or, packed, [total_tokens]; contiguous
+  float* normalizer;  // CUDA, long rows: [batch_size, num_q_heads, 2]
   int64_t first_key;
   HeadReduce reduce;
 
   // The bias of a head for the keys of its sequence; null: none.
-  TOKRED_HOST_DEVICE const float* bias(int64_t batch_idx, int64_t head, const TokenSpan& keys) const {
-    if (!key_bias) return nullptr;
-    const int64_t group = qk.group();
-    return key_bias + batch_idx * bias_batch + head / group * bias_kv_head + head % group * bias_in_group + keys.begin;
+  TOKRED_HOST_DEVICE const float* bias(int64_t batch_idx, int head, const TokenSpan& keys) const {
+    return key_bias ? key_bias + batch_idx * bias_batch + head / bias_repeat * bias_head + keys.begin : nullptr;
   }
   // The scores that a row of the batch writes, from its first token on: its tokens', and zeros up to the next sequence.
   TOKRED_HOST_DEVICE int64_t num_scores(int64_t batch_idx, const TokenSpan& tokens) const {

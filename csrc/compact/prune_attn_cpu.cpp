@@ -80,7 +80,8 @@ void prune_attn_cpu(const PruneAttnArgs& a) {
   const AlignedBuffer<float> factor(num_rows * num_heads);
   parallel_for(num_rows * num_heads, 1 + 16384 / (a.qk.kv_len + 64), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t batch_idx = i / num_heads, head = i % num_heads;
+      const int64_t batch_idx = i / num_heads;
+      const int head = static_cast<int>(i % num_heads);
       const TokenSpan keys = a.qk.keys(batch_idx);
       factor[i] =
           exponentiate(a.qk.out + a.qk.logits_at(batch_idx, head, keys), a.bias(batch_idx, head, keys), keys.len);
