@@ -34,9 +34,7 @@ def ours(x: Tensor, q: Tensor, k: Tensor, num_keep: int, first_key: int) -> tupl
     return tokred.prune_attn(x, q, k, num_keep, first_key=first_key)
 
 
-def arguments(
-    x: Tensor, q: Tensor, k: Tensor, num_keep: int, first_key: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(x: Tensor, q: Tensor, k: Tensor, num_keep: int, first_key: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, q, k, num_keep), {"first_key": first_key}
 
 
@@ -60,7 +58,9 @@ def make(
 
 def worst_score(out: tuple[Tensor, Tensor], x: Tensor, q: Tensor, k: Tensor, num_keep: int, first_key: int) -> Tensor:
     """The float64 scores of the kept tokens, sorted: rounding may swap tokens that are equal up to it, and no others."""
-    logits = (q.double().unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ k.double().transpose(2, 3)) * q.shape[-1] ** -0.5
+    logits = (q.double().unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ k.double().transpose(2, 3)) * q.shape[
+        -1
+    ] ** -0.5
     score = logits.softmax(-1).flatten(1, 2).mean(1)[:, first_key:]
     return score.gather(1, out[1]).sort(1).values.float()
 
@@ -94,7 +94,11 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                     first_key=first_key,
                 ),
                 call=arguments,
-                run={"tokred": ours, "matmul+softmax+mean+topk+sort+index_select": eager, "attn_received+prune_topk": two_ops},
+                run={
+                    "tokred": ours,
+                    "matmul+softmax+mean+topk+sort+index_select": eager,
+                    "attn_received+prune_topk": two_ops,
+                },
                 compare=worst_score,
                 # bfloat16 scores of the eager code tie and swap within their rounding, 2^-9 twice.
                 tolerance=(1e-4, 1e-6) if dtype == torch.float32 else (1e-2, 1e-5),

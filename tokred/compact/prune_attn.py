@@ -3,6 +3,7 @@
 """prune_attn: keep the tokens that one query attends to most."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -150,8 +151,8 @@ def reference(
         ends = cu_seqlens.tolist()
         ends_k = ends if cu_seqlens_k is None else cu_seqlens_k.tolist()
         longest = max(x.shape[0], k.shape[0]) if max_seqlen is None else max_seqlen
-        parts: list[Any] = [slice(a, min(b, a + longest)) for a, b in zip(ends, ends[1:])]
-        parts_k = [slice(a, min(b, a + longest)) for a, b in zip(ends_k, ends_k[1:])]
+        parts: list[Any] = [slice(a, min(b, a + longest)) for a, b in pairwise(ends)]
+        parts_k = [slice(a, min(b, a + longest)) for a, b in pairwise(ends_k)]
         keys = [k[part].transpose(0, 1) for part in parts_k]
         biases = [None if key_bias is None else key_bias[:, part] for part in parts_k]
         lead = 1
