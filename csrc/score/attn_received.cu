@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T
     if (t != 0 || row >= num_rows) continue;
     if (splits.num == 1) {
       const int64_t head = shared.place.kv_head * args.group() + row / of.q_len;
-      rows[r].add_sink(args, head);
+      add_sink(rows[r], args, head);
       args.lse[(of.batch * args.num_q_heads + head) * args.q_len + of.q_begin + row % of.q_len] = rows[r].lse();
     } else {
       float* out = partial_sums(args, of, shared.place.kv_head, split, row, num_rows);
@@ -195,7 +195,7 @@ __global__ void combine_lse_kernel(const AttnReceivedArgs args) {
     total.merge(part[0], part[1]);
   }
   warp_merge<kWarpSize>(total);
-  total.add_sink(args, head);
+  add_sink(total, args, head);
   if (lane_index() == 0) args.lse[i] = total.lse();
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 #pragma once
+#include "common/constants.h"
 #include "common/dispatch.h"
 #include "common/ragged.h"
 
 namespace tokred {
 
 constexpr int kAttnReceivedMaxHeadDim = 256;
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 struct AttnReceivedStrides {  // in elements; the last dim is contiguous
   int64_t batch, head, token;
