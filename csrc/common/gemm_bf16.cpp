@@ -12,15 +12,20 @@
 
 namespace tokred {
 
-void pack_rows_bf16(const c10::BFloat16* src, int64_t stride_row, int64_t rows, int64_t depth, int64_t padded_rows,
-                    int64_t padded_depth, c10::BFloat16* dst) {
-  const auto size = [](int64_t values) { return static_cast<size_t>(values) * sizeof(c10::BFloat16); };
-  for (int64_t r = 0; r < rows; ++r) {
-    c10::BFloat16* out = dst + r * padded_depth;
-    std::memcpy(static_cast<void*>(out), src + r * stride_row, size(depth));
-    std::memset(static_cast<void*>(out + depth), 0, size(padded_depth - depth));
+TOKRED_CLONES void pack_rows_bf16(const c10::BFloat16* src, int64_t stride_row, int64_t rows, int64_t depth,
+                                  int64_t padded_rows, int64_t padded_depth, c10::BFloat16* dst) {
+  constexpr size_t kPiece = kVecLanes * sizeof(c10::BFloat16);
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    const auto* from = reinterpret_cast<const char*>(src + r * stride_row);
+    auto* to = reinterpret_cast<char*>(dst + r * padded_depth);
+    const int64_t present = r < rows ? depth : 0;
+    int64_t c = 0;
+    for (; c + kVecLanes <= present; c += kVecLanes, from += kPiece, to += kPiece) std::memcpy(to, from, kPiece);
+    for (; c < padded_depth; c += kVecLanes, from += kPiece, to += kPiece) {
+      std::memset(to, 0, kPiece);
+      if (c < present) std::memcpy(to, from, static_cast<size_t>(present - c) * sizeof(c10::BFloat16));
+    }
   }
-  std::memset(static_cast<void*>(dst + rows * padded_depth), 0, size((padded_rows - rows) * padded_depth));
 }
 
 #if defined(__x86_64__)

@@ -139,8 +139,10 @@ TOKRED_CLONES void raise_offsets(const PanelView& panel, float scale, float* off
     for (; c + kLanes <= count; c += kLanes) {
       for (int i = 0; i < kLanes; ++i) lanes[i] = row[c + i] > lanes[i] ? row[c + i] : lanes[i];
     }
-    load_tail(row + c, count - c, tail);
-    for (int i = 0; i < kLanes; ++i) lanes[i] = tail[i] > lanes[i] ? tail[i] : lanes[i];
+    if (c < count) {
+      load_tail(row + c, count - c, tail);
+      for (int i = 0; i < kLanes; ++i) lanes[i] = tail[i] > lanes[i] ? tail[i] : lanes[i];
+    }
     const float highest = scale * max_lanes(lanes);
     offset[r] = highest > offset[r] ? highest : offset[r];
   }
@@ -172,13 +174,15 @@ TOKRED_CLONES void exponentiate(const PanelView& panel, float scale, const float
         lanes[i] += e;
       }
     }
-    load_tail(row + c, count - c, tail);
-    for (int i = 0; i < kLanes; ++i) {
-      tail[i] = poly_exp2(scale * tail[i] - minus);
-      // Beyond the tail: 0, or NaN if the offset is; the row's other terms are NaN then, too.
-      lanes[i] += tail[i];
+    if (c < count) {
+      load_tail(row + c, count - c, tail);
+      for (int i = 0; i < kLanes; ++i) {
+        tail[i] = poly_exp2(scale * tail[i] - minus);
+        // Beyond the tail: 0, or NaN if the offset is; the row's other terms are NaN then, too.
+        lanes[i] += tail[i];
+      }
+      for (int64_t i = 0; c + i < count; ++i) row[c + i] = tail[i];
     }
-    for (int64_t i = 0; c + i < count; ++i) row[c + i] = tail[i];
     sum[r] += sum_lanes(lanes);
   }
 }
@@ -284,28 +288,39 @@ class Task {
     }
   }
 
-  // Keys of a panel into the scratch, zeros past the last and for those on no page.
-  void load_keys(int64_t first, int64_t present) {
-    // Keys that are side by side: of a page, or all.
+  // f(c, run, row) for keys [c, c + run) of a panel, which lie side by side from row on, or on no page if that is -1.
+  template <typename F>
+  void for_each_run(int64_t first, int64_t present, const F& f) const {
     const int64_t page_size = a_.page_table ? int64_t{1} << a_.page_shift : of_.kv_len;
-    for (int64_t c = 0, run; c < t_.panel_keys; c += run) {
-      const int64_t key = first + c;
-      run = c < present ? std::min(present - c, page_size - key % page_size) : t_.panel_keys - c;
-      const int64_t row = c < present ? a_.key_row(of_, static_cast<int>(key)) : -1;
-      pack(keys_ + std::max<int64_t>(row, 0), a_.stride_k.token, row < 0 ? 0 : run, run, c, s_.k.data());
+    for (int64_t c = 0, run; c < present; c += run) {
+      run = std::min(present - c, page_size - (first + c) % page_size);
+      f(c, run, a_.key_row(of_, static_cast<int>(first + c)));
     }
   }
 
-  // Where the keys of a panel lie; those on no page borrow another's place. False if none is on a page.
+  // Keys of a panel into the scratch, zeros past the last and for those on no page.
+  void load_keys(int64_t first, int64_t present) {
+    for_each_run(first, present, [&](int64_t c, int64_t run, int64_t row) {
+      pack(keys_ + std::max<int64_t>(row, 0), a_.stride_k.token, row < 0 ? 0 : run, run, c, s_.k.data());
+    });
+    pack(keys_, 0, 0, t_.panel_keys - present, present, s_.k.data());
+  }
+
+  // Where the keys of a panel lie, and the next ones, for dot_rows to fetch; keys on no page borrow another's place.
+  // False if none is on a page.
   bool find_keys(int64_t first, int64_t present) {
-    int64_t* const row = s_.key_row.data();
+    int64_t* const rows = s_.key_row.data();
+    const int64_t listed = std::min(present + kAhead, of_.kv_len - first);
     int64_t readable = -1;
-    for (int64_t c = 0; c < present; ++c) {
-      row[c] = a_.key_row(of_, static_cast<int>(first + c));
-      readable = std::max(readable, row[c]);
-    }
-    for (int64_t c = 0; c < present; ++c) row[c] = row[c] < 0 ? readable : row[c];
-    std::fill(row + present, row + present + kDotPadding, readable);
+    bool all = true;
+    for_each_run(first, listed, [&](int64_t c, int64_t run, int64_t row) {
+      const int64_t step = row < 0 ? 0 : a_.stride_k.token;
+      for (int64_t i = 0, place = row; i < run; ++i, place += step) rows[c + i] = place;
+      readable = std::max(readable, row);
+      all = all && row >= 0;
+    });
+    for (int64_t c = 0; !all && c < listed; ++c) rows[c] = rows[c] < 0 ? readable : rows[c];
+    std::fill(rows + listed, rows + present + kDotPadding, readable);
     return readable >= 0;
   }
   template <int kRows>
