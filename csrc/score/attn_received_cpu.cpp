@@ -227,6 +227,8 @@ class Task {
         of_(sequence),
         t_(tiling),
         s_(scratch),
+        queries_(static_cast<const T*>(args.q) + sequence.batch * args.stride_q.batch +
+                 sequence.q_begin * args.stride_q.token),
         keys_(static_cast<const T*>(args.k) + of_.batch * args.stride_k.batch +
               kv_head / args.k_repeat * args.stride_k.head),
         kv_head_(kv_head),
@@ -236,6 +238,7 @@ class Task {
     for (int64_t tile = begin; tile < end; ++tile) {
       first_row_ = tile * t_.tile_rows;
       num_rows_ = std::min(t_.tile_rows, a_.group() * of_.q_len - first_row_);
+      last_ = tile + 1 == end;
       if (num_rows_ > 0) run_tile();
     }
   }
@@ -264,6 +267,21 @@ class Task {
     pack_rows(src, stride, count, a_.head_dim, rows, t_.depth, 1.f, place + first * t_.depth);
   }
 
+  // First rows of the next head, which this thread is likely to turn to: each would be waited for.
+  void fetch_next_head() const {
+    const T* q = queries_ + (head(num_rows_ - 1) + 1) * a_.stride_q.head;
+    for (int64_t r = 0; r < std::min<int64_t>(of_.q_len, t_.tile_rows); ++r) {
+      prefetch(q + r * a_.stride_q.token, a_.head_dim * static_cast<int64_t>(sizeof(T)));
+    }
+    const int64_t keys = std::min<int64_t>(of_.kv_len, t_.product == Product::kDot ? kAhead : t_.panel_keys);
+    for_each_run(0, keys, [&](int64_t, int64_t run, int64_t row) {
+      const T* k = keys_ + a_.stride_k.head + row;
+      for (int64_t i = 0; row >= 0 && i < run; ++i) {
+        prefetch(k + i * a_.stride_k.token, a_.head_dim * static_cast<int64_t>(sizeof(T)));
+      }
+    });
+  }
+
   void load_rows() {
     int64_t first = of_.kv_len, end = 0;
     for (int64_t r = 0; r < num_rows_; ++r) {
@@ -275,11 +293,10 @@ class Task {
     }
     first_panel_ = first / t_.panel_keys;
     end_panel_ = ceil_div(end, t_.panel_keys);
-    const T* q = static_cast<const T*>(a_.q) + of_.batch * a_.stride_q.batch + of_.q_begin * a_.stride_q.token;
     for (int64_t r = 0; r < t_.tile_rows;) {
       const bool filler = r >= num_rows_;  // rows of zeros
       const int64_t run = filler ? t_.tile_rows - r : run_of_head(r);
-      const T* src = filler ? q : q + head(r) * a_.stride_q.head + query(r) * a_.stride_q.token;
+      const T* src = filler ? queries_ : queries_ + head(r) * a_.stride_q.head + query(r) * a_.stride_q.token;
       pack(src, a_.stride_q.token, filler ? 0 : run, run, r, s_.q.data());
       r += run;
     }
@@ -336,18 +353,16 @@ class Task {
   void multiply(int64_t p) {
     const int64_t first = p * t_.panel_keys, present = std::min(t_.panel_keys, of_.kv_len - first);
     float* const out = panel(p).data;
-    if (t_.product == Product::kDot) {
-      if (find_keys(first, present)) t_.tile_rows == 1 ? dot<1>(present, out) : dot<kDotRows>(present, out);
-    } else {
-      load_keys(first, present);
-      if (t_.product == Product::kBf16) {
-        const auto bf16 = [](const AlignedBuffer<float>& x) {
-          return reinterpret_cast<const c10::BFloat16*>(x.data());
-        };
-        gemm_nt_bf16(bf16(s_.q), bf16(s_.k), out, t_.tile_rows, t_.panel_keys, t_.depth);
-      } else {
-        gemm_nt(s_.q.data(), s_.k.data(), out, t_.tile_rows, t_.panel_keys, t_.depth);
-      }
+    const bool few = t_.product == Product::kDot, readable = !few || find_keys(first, present);
+    if (!few) load_keys(first, present);
+    if (last_ && p + 1 == end_panel_) fetch_next_head();
+    const auto bf16 = [](const AlignedBuffer<float>& x) { return reinterpret_cast<const c10::BFloat16*>(x.data()); };
+    if (few && readable) {
+      t_.tile_rows == 1 ? dot<1>(present, out) : dot<kDotRows>(present, out);
+    } else if (t_.product == Product::kBf16) {
+      gemm_nt_bf16(bf16(s_.q), bf16(s_.k), out, t_.tile_rows, t_.panel_keys, t_.depth);
+    } else if (t_.product == Product::kFloat) {
+      gemm_nt(s_.q.data(), s_.k.data(), out, t_.tile_rows, t_.panel_keys, t_.depth);
     }
     if (a_.adjusted()) {
       const float* bias = a_.key_bias
@@ -430,10 +445,12 @@ class Task {
   const AttnSequence& of_;
   const Tiling& t_;
   Scratch& s_;
-  const T* const keys_;  // of the head; the sequence's begin with a_.key_row
+  const T* const queries_;  // of the sequence
+  const T* const keys_;     // of the head; the sequence's begin with a_.key_row
   const int64_t kv_head_;
   float* const columns_;
   int64_t first_row_ = 0, num_rows_ = 0, first_panel_ = 0, end_panel_ = 0;
+  bool last_ = false;  // tile of the run
 };
 
 // A sequence with its place in a slab: a run of sequences whose tasks run side by side.
