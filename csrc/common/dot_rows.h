@@ -72,13 +72,19 @@ TOKRED_CLONES void dot_rows(const T* k, const int64_t* offset, int64_t begin, in
   }
 }
 
+// q[0, dim) in the order that dot_rows wants it in. What follows to the next multiple of 16 must be zeros.
+template <typename T>
+void arrange_query(int64_t dim, float* q) {
+  if constexpr (kDeinterleaves<T>) {
+    for (int64_t c = 0; c + 32 <= dim; c += 32) deinterleave32(q + c);
+  }
+}
+
 // out = scale * q[0, dim) as dot_rows wants it. What follows to the next multiple of 16 must be zeros.
 template <typename T>
 TOKRED_CLONES void load_query(const T* q, int64_t dim, float scale, float* out) {
   for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(q[i]) * scale;
-  if constexpr (kDeinterleaves<T>) {
-    for (int64_t c = 0; c + 32 <= dim; c += 32) deinterleave32(out + c);
-  }
+  arrange_query<T>(dim, out);
 }
 
 }  // namespace tokred

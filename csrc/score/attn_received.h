@@ -81,7 +81,7 @@ struct AttnReceivedArgs {
   bool align_ends;      // the last query is at the last key instead
   int64_t back, ahead;  // the query at position p sees the keys from p - back to p + ahead; within 2^60 of zero
   float scale;
-  float exponent_scale;  // CUDA: of a logit before 2^x, log2(e) * scale; 1 where adjusted() has brought it to that
+  float exponent_scale;  // of a product before 2^x, log2(e) * scale; 1 where adjusted() has brought it to that
   float softcap;         // logits are softcap * tanh(logit / softcap); 0: as they are
   bool max_reduce;
   DType dtype;  // of q and k
