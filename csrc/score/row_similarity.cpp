@@ -23,6 +23,21 @@ RowsAt rows_at(const Tensor& x) {
   return rows;
 }
 
+// Takes dimensions that go on where the next one ends as part of it.
+void merge_dims(RowSimilarityArgs& a) {
+  for (int round = 0; round < 2; ++round) {
+    const auto goes_on = [&](const RowsAt& rows) { return rows.stride[1] == a.size[2] * rows.stride[2]; };
+    if (a.size[1] != 1 && !(goes_on(a.x) && goes_on(a.y))) return;
+    a.size[2] *= a.size[1];
+    a.size[1] = a.size[0];
+    a.size[0] = 1;
+    for (RowsAt* rows : {&a.x, &a.y}) {
+      rows->stride[1] = rows->stride[0];
+      rows->stride[0] = 0;
+    }
+  }
+}
+
 float** wanted(RowSimilarityArgs& a, const std::string& measure) {
   if (measure == "cosine") return &a.cosine;
   if (measure == "dot") return &a.dot;
@@ -48,6 +63,7 @@ Call prepare(const Tensor& x, const Tensor& y, const std::string& measures) {
   const std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end() - 1);
   for (int64_t& size : a.size) size = 1;
   for (size_t d = 0; d < rows.size(); ++d) a.size[3 - rows.size() + d] = rows[d];
+  merge_dims(a);
   std::vector<Tensor> out;
   std::istringstream names(measures);
   for (std::string name; std::getline(names, name, ',');) {
@@ -81,10 +97,9 @@ std::vector<Tensor> row_similarity(const Tensor& x, const Tensor& y, std::string
 
 // Sizes: num_rows, dim, element_size.
 Plan plan_row_similarity(const PlanSizes& s) {
-  const int64_t threads = s["num_rows"] * row_similarity_lanes(s["dim"], s.get("element_size", 2));
+  const int64_t rows = kRowSimilarityThreads >> row_similarity_lanes_log2(s["dim"], s.get("element_size", 2));
   Plan plan;
-  plan.launches.push_back(
-      {"row_similarity_kernel", {ceil_div<int64_t>(threads, kRowSimilarityThreads), 1, 1}, kRowSimilarityThreads});
+  plan.launches.push_back({"row_similarity_kernel", {ceil_div(s["num_rows"], rows), 1, 1}, kRowSimilarityThreads});
   return plan;
 }
 TOKRED_PLAN(row_similarity, plan_row_similarity)

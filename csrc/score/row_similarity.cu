@@ -29,11 +29,10 @@ __device__ Pack<T, kVec> load_columns(const T* row, int64_t column, int64_t dim)
 
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kRowSimilarityThreads)
-    row_similarity_kernel(const RowSimilarityArgs a, int64_t num_rows, int lanes) {
+    row_similarity_kernel(const RowSimilarityArgs a, int64_t num_rows, int lanes_log2) {
   constexpr int kVec = 16 / sizeof(T);
-  const int64_t thread = int64_t{blockIdx.x} * kRowSimilarityThreads + threadIdx.x;
-  const int64_t row = thread / lanes;
-  const int lane = static_cast<int>(thread % lanes);
+  const int lanes = 1 << lanes_log2, thread = static_cast<int>(threadIdx.x), lane = thread & (lanes - 1);
+  const int64_t row = int64_t{blockIdx.x} * (kRowSimilarityThreads >> lanes_log2) + (thread >> lanes_log2);
   // No thread leaves: all lanes of the warp take part in the shuffles.
   const int64_t dim = row < num_rows ? a.dim : 0;
   const int64_t at = row < num_rows ? row : 0;
@@ -81,15 +80,15 @@ int row_similarity_cuda(const RowSimilarityArgs& a, CUstream_st* stream) {
   int error = cudaErrorInvalidValue;
   dispatch_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int lanes = row_similarity_lanes(a.dim, sizeof(T));
-    const int64_t blocks = ceil_div<int64_t>(a.num_rows() * lanes, kRowSimilarityThreads);
+    const int lanes_log2 = row_similarity_lanes_log2(a.dim, sizeof(T));
+    const int64_t blocks = ceil_div<int64_t>(a.num_rows(), kRowSimilarityThreads >> lanes_log2);
     if (blocks > INT32_MAX) {
       error = cudaErrorInvalidConfiguration;
       return;
     }
     const auto run = [&](auto kernel) {
       return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kRowSimilarityThreads), 0, stream, a,
-                    a.num_rows(), lanes);
+                    a.num_rows(), lanes_log2);
     };
     const bool wide = is_wide(a.x, a.dim, sizeof(T)) && is_wide(a.y, a.dim, sizeof(T));
     error = wide ? run(row_similarity_kernel<T, true>) : run(row_similarity_kernel<T, false>);

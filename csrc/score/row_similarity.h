@@ -25,8 +25,9 @@ struct RowSimilarityArgs {
 
   int64_t num_rows() const { return size[0] * size[1] * size[2]; }
   TOKRED_HOST_DEVICE int64_t offset(const RowsAt& rows, int64_t row) const {
-    const int64_t inner = row / size[2];
-    return inner / size[1] * rows.stride[0] + inner % size[1] * rows.stride[1] + row % size[2] * rows.stride[2];
+    if (row < size[2]) return row * rows.stride[2];  // dense tensors are one run of rows, and divisions are slow
+    const int64_t outer = row / size[2];
+    return outer / size[1] * rows.stride[0] + outer % size[1] * rows.stride[1] + row % size[2] * rows.stride[2];
   }
 };
 
@@ -49,11 +50,11 @@ TOKRED_HOST_DEVICE void write_similarity(const RowSimilarityArgs& a, int64_t row
 
 constexpr int kRowSimilarityThreads = 256;
 
-// Lanes of a warp that share a pair of rows: the least power of two that covers them by one load each.
-constexpr int row_similarity_lanes(int64_t dim, int64_t bytes_of_element) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * 16 < dim * bytes_of_element) lanes *= 2;
-  return lanes;
+// log2 of how many lanes of a warp share a pair of rows: the fewest that cover it by one load each.
+constexpr int row_similarity_lanes_log2(int64_t dim, int64_t bytes_of_element) {
+  int log2 = 0;
+  while (log2 < 5 && (int64_t{16} << log2) < dim * bytes_of_element) ++log2;
+  return log2;
 }
 
 void row_similarity_cpu(const RowSimilarityArgs& args);
