@@ -173,7 +173,9 @@ def test_vmap(device):
 
 
 ERRORS = {
-    "expected x of shape [..., num_tokens, dim] with 2 to 4 dimensions, got [8]": lambda x: similarity(x[0, 0], x[0, 0]),
+    "expected x of shape [..., num_tokens, dim] with 2 to 4 dimensions, got [8]": lambda x: similarity(
+        x[0, 0], x[0, 0]
+    ),
     "expected x of shape [..., num_tokens, dim] with 2 to 4 dimensions, got [1, 1, 2, 5, 8]": (
         lambda x: similarity(x[None, None], x[None, None])
     ),

@@ -91,7 +91,9 @@ def _backward(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
     # 1 / |v|' and, where |v| is what counts in it, the factor of v in its own derivative.
     inv_x, inv_y = (1 / norm.clamp(min=EPS) for norm in (norm_x, norm_y))
     own_x, own_y = (torch.where(norm > EPS, inv * inv, 0) for norm, inv in ((norm_x, inv_x), (norm_y, inv_y)))
-    of_x = of_y = mixed = apart = torch.zeros_like(dot)  # factors of x and y in their own gradients, and of the other one
+    of_x = of_y = mixed = apart = torch.zeros_like(
+        dot
+    )  # factors of x and y in their own gradients, and of the other one
     for name, g in zip(ctx.measures.split(","), grads):
         if g is None:
             continue
