@@ -41,7 +41,7 @@ def test_equals_the_formula(device, dtype, alpha, compat):
     object_score, deep_score = scores.to(device)
     if compat == "qwen":
         deep_score = deep_score * 144  # sums: taking 1 away leaves the greatest in front
-    out = hiprune(x, object_score, deep_score, keep=40, grid=(12, 12), alpha=alpha, compat=compat)
+    out = hiprune(x, object_score, deep_score, keep=40, grid=[(12, 12)], alpha=alpha, compat=compat)
     counts = []
     for b in range(3):
         kept = formula(object_score[b].cpu(), deep_score[b].cpu(), 40, (12, 12), alpha, compat)
@@ -90,4 +90,4 @@ def test_score_equals_the_formula(device, dtype, num_protected):
 
 def test_compat_is_checked():
     with pytest.raises(ValueError, match="expected compat to be None, 'released' or 'qwen', got 'old'"):
-        hiprune(torch.zeros(1, 4, 2), torch.zeros(1, 4), torch.zeros(1, 4), keep=2, grid=(2, 2), compat="old")
+        hiprune(torch.zeros(1, 4, 2), torch.zeros(1, 4), torch.zeros(1, 4), keep=2, grid=[(2, 2)], compat="old")

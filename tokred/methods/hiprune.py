@@ -45,7 +45,7 @@ def hiprune(
     deep_score: Tensor,
     *,
     keep: int,
-    grid: tuple[int, int] | Sequence[tuple[int, int]],
+    grid: Sequence[tuple[int, int]],
     alpha: float = 0.1,
     compat: str | None = None,
     cu_seqlens: Tensor | None = None,
@@ -59,7 +59,7 @@ def hiprune(
             num_tokens]`` or ``[total_tokens]``; see ``column_attention``.
         deep_score: Attention received in a deep layer (the last but one of CLIP-L, the last of Qwen2.5-VL).
         keep: How many tokens to keep of each image or crop.
-        grid: Height and width of the images in tokens; packed, a list of them, one per image.
+        grid: Height and width in tokens, one pair for all images of a dense batch, packed one per image.
         alpha: The share of the budget for anchors with their four neighbours: ``round(keep * alpha / 5)`` anchors.
         compat: None, "released" or "qwen" (see ``METHOD``).
         cu_seqlens: ``[batch_size + 1]`` int32 for packed input.
@@ -82,7 +82,7 @@ def hiprune(
 
     anchors = marked(tokred.select_topk(object_score, round(keep * alpha / 5), return_num_kept=True, **packed)[0])
     if cu_seqlens is None:
-        near = tokred.grid_dilate(anchors, *grid, flat=compat is not None)
+        near = tokred.grid_dilate(anchors, *grid[0], flat=compat is not None)
     else:
         parts = anchors.split([height * width for height, width in grid])
         near = torch.cat([tokred.grid_dilate(part, *size, flat=compat is not None) for part, size in zip(parts, grid)])
