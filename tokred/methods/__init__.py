@@ -51,6 +51,13 @@ def take_kept(x: Tensor, kept_idx: Tensor, cu_seqlens: Tensor | None = None) -> 
     return tokred.gather_tokens([x[None]], rows)[0].reshape(*kept_idx.shape, x.shape[1])
 
 
+def kept_mask(kept_idx: Tensor, num_tokens: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return lists as a mask, ``[batch_size, num_tokens]``, or ``[num_tokens]`` of all packed sequences together."""
+    if cu_seqlens is not None:
+        kept_idx = torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None]).flatten()
+    return tokred.list_to_mask(kept_idx, num_tokens)
+
+
 def prune_span(x: Tensor, score: Tensor, keep: int, first: int, last: int, kv_lens: Tensor | None = None) -> Reduced:
     """Keep the ``keep`` best-scored of the visual tokens ``[first, last)`` of prompts, and all that is around them.
 

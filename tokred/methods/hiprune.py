@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import tokred
-from tokred.methods import Method, Reduced
+from tokred.methods import Method, Reduced, kept_mask
 
 METHOD = Method(
     name="hiprune",
@@ -75,23 +76,18 @@ def hiprune(
         raise ValueError(f"hiprune: expected compat to be None, 'released' or 'qwen', got {compat!r}")
     packed: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
 
-    def marked(kept_idx: Tensor) -> Tensor:  # lists as a mask of the shape of the scores
-        if cu_seqlens is not None:
-            kept_idx = torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None]).flatten()
-        return tokred.list_to_mask(kept_idx, x.shape[-2])
-
-    anchors = marked(tokred.select_topk(object_score, round(keep * alpha / 5), return_num_kept=True, **packed)[0])
+    num_tokens = x.shape[-2]
+    anchors, _ = tokred.select_topk(object_score, round(keep * alpha / 5), return_num_kept=True, **packed)
+    anchors = kept_mask(anchors, num_tokens, cu_seqlens)
     if cu_seqlens is None:
         near = tokred.grid_dilate(anchors, *grid[0], flat=compat is not None)
     else:
         parts = anchors.split([height * width for height, width in grid])
         near = torch.cat([tokred.grid_dilate(part, *size, flat=compat is not None) for part, size in zip(parts, grid)])
     if compat == "qwen":
-        ends = torch.tensor([0, near.shape[-1]], device=x.device) if cu_seqlens is None else cu_seqlens
-        before = torch.nn.functional.pad(near.cumsum(-1), (1, 0))
-        rest = keep - (before[..., ends[1:].long()] - before[..., ends[:-1].long()]).flatten()
-        again = tokred.select_topk(deep_score.float() - near.float(), rest, max_k=keep, **packed)[0]
-        near = near | marked(again)
+        count = near.sum(-1) if cu_seqlens is None else pad(near.cumsum(0), (1, 0))[cu_seqlens.long()].diff()
+        again = tokred.select_topk(deep_score.float() - near.float(), keep - count, max_k=keep, **packed)[0]
+        near = near | kept_mask(again, num_tokens, cu_seqlens)
         x_kept, kept_idx, num_kept = tokred.prune_topk(
             x, deep_score, keep, drop_mask=~near, return_num_kept=True, **packed
         )

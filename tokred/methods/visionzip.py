@@ -35,10 +35,11 @@ def merge_rest(
     *,
     cu_seqlens: Tensor | None = None,
     plus_mean: bool = False,
-) -> Reduced:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return kept tokens, and behind them the rest, each merged into the nearest of ``contextual`` evenly spaced ones.
 
-    ``kept_idx`` and ``rest_idx`` as of ``tokred.select_topk(..., complement=True)``; cosines are those of ``metric``.
+    ``kept_idx`` and ``rest_idx`` as of ``tokred.select_topk(..., complement=True)``; cosines are those of ``metric``. The
+    result is ``x``, ``kept_idx``, ``dst_idx`` and ``size`` of ``Reduced``.
     """
     (batch_size, num_rest), num_out = rest_idx.shape, kept_idx.shape[1] + contextual
     rest_len = (rest_idx >= 0).sum(1, keepdim=True)
@@ -78,13 +79,11 @@ def merge_rest(
         out, size = tokred.segment_merge(x, dst_idx, num_rows, weight=weight, mode="sum")
     else:
         out, size = tokred.segment_merge(x, dst_idx, num_rows)
-    kept_idx = torch.cat([kept_idx, target_idx], 1)
-    return Reduced(
+    return (
         out.reshape(batch_size, num_out, -1),
-        kept_idx=kept_idx,
-        dst_idx=dst_idx if cu_seqlens is None else dst_idx[0],
-        size=size.reshape(batch_size, num_out),
-        num_kept=None if cu_seqlens is None else (kept_idx >= 0).sum(1, dtype=torch.int32),
+        torch.cat([kept_idx, target_idx], 1),
+        dst_idx if cu_seqlens is None else dst_idx[0],
+        size.reshape(batch_size, num_out),
     )
 
 
@@ -142,7 +141,8 @@ def visionzip(
     lists = tokred.select_topk(
         score, dominant, keep_first=num_protected, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, complement=True
     )
-    reduced = merge_rest(
+    out, kept_idx, dst_idx, size = merge_rest(
         x, metric, lists[0], lists[-1], contextual, cu_seqlens=cu_seqlens, plus_mean=compat == "released"
     )
-    return reduced._replace(score=score)
+    num_kept = None if cu_seqlens is None else (kept_idx >= 0).sum(1, dtype=torch.int32)
+    return Reduced(out, kept_idx=kept_idx, dst_idx=dst_idx, size=size, score=score, num_kept=num_kept)
