@@ -44,12 +44,12 @@ def inputs(device, dtype=torch.float32):
 def test_equals_the_formula(device, dtype, dominant, contextual, compat):
     x, k, q = inputs(device, dtype)
     k[:, :, 30:40] = k[:, :, 20:30]  # equal metrics
-    out = visiondrop(x, k, q, dominant=dominant, contextual=contextual, first=FIRST, last=LAST, compat=compat)
+    score, metrics = visual_attention(q, k, first=FIRST, last=LAST), k[:, :, FIRST:LAST].mean(1)
+    out = visiondrop(x, score, metrics, dominant=dominant, contextual=contextual, first=FIRST, last=LAST, compat=compat)
     for b in range(3):
         assert_close(out.score[b].cpu(), score_formula(q[b].cpu(), k[b].cpu()), rtol=1e-4, atol=1e-7)
-        metric = k[b, :, FIRST:LAST].float().mean(0)
         rows, kept = merge_formula(
-            x[b].cpu(), out.score[b].cpu(), metric.cpu(), dominant, contextual, compat == "released"
+            x[b].cpu(), out.score[b].cpu(), metrics[b].cpu(), dominant, contextual, compat == "released"
         )
         assert out.kept_idx[b].tolist() == kept
         rtol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
@@ -66,25 +66,22 @@ def test_ragged_prompts_with_ties(device):
     """What is behind the image, padding included, changes nothing of it; equal scores go to the first."""
     x, k, q = inputs(device)
     score = visual_attention(q, k, first=FIRST, last=LAST).bfloat16().float()
-    out = visiondrop(x, k, score=score, dominant=16, contextual=3, first=FIRST, last=LAST)
+    metric = k[:, :, FIRST:LAST].mean(1)
+    out = visiondrop(x, score, metric, dominant=16, contextual=3, first=FIRST, last=LAST)
     for b, n in enumerate([90, 80, 71]):
         part = slice(b, b + 1)
         near = visual_attention(q[part, :, :n], k[part, :, :n], first=FIRST, last=LAST)
         assert_close(near, visual_attention(q[part], k[part], first=FIRST, last=LAST), rtol=1e-5, atol=1e-8)
-        alone = visiondrop(
-            x[part, :n], k[part, :, :n], score=score[part], dominant=16, contextual=3, first=FIRST, last=LAST
-        )
+        alone = visiondrop(x[part, :n], score[part], metric[part], dominant=16, contextual=3, first=FIRST, last=LAST)
         assert_close(out.x[b, : n - 45], alone.x[0], rtol=0, atol=0)
         best = sorted(range(64), key=lambda i: (-float(score[b, i]), i))[:16]
         assert out.kept_idx[b, FIRST : FIRST + 16].tolist() == sorted(FIRST + i for i in best)
 
 
 def test_errors():
-    x, k = torch.zeros(1, 9, 2), torch.zeros(1, 1, 9, 4)
-    with pytest.raises(ValueError, match="visiondrop: expected q of the scoring layer, or score"):
-        visiondrop(x, k, dominant=1, contextual=1, first=2, last=5)
+    x, score, metric = torch.zeros(1, 9, 2), torch.zeros(1, 3), torch.zeros(1, 3, 4)
     for contextual in (0, 3):
         with pytest.raises(ValueError, match=rf"visiondrop: expected contextual in \[1, 2\], got {contextual}"):
-            visiondrop(x, k, score=torch.zeros(1, 3), dominant=1, contextual=contextual, first=2, last=5)
+            visiondrop(x, score, metric, dominant=1, contextual=contextual, first=2, last=5)
     with pytest.raises(ValueError, match="visiondrop: expected compat to be None or 'released', got 'x'"):
-        visiondrop(x, k, dominant=1, contextual=1, first=2, last=5, compat="x")
+        visiondrop(x, score, metric, dominant=1, contextual=1, first=2, last=5, compat="x")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tokred
+from tokred.methods.fastervlm import cls_attention
 from tokred.methods.visionzip import visionzip
 from tokred.testing import assert_close
 
@@ -38,10 +39,10 @@ def formula(x, score, metric, dominant, contextual, released, protected=1):
 def test_equals_the_formula(device, dtype, dominant, contextual, compat):
     x = torch.randn(2, 145, 16).to(device, dtype)
     q, k = torch.randn(2, 4, 1, 24).to(device, dtype), torch.randn(2, 4, 145, 24).to(device, dtype)
-    out = visionzip(x, q, k, dominant=dominant, contextual=contextual, compat=compat)
+    score, metric = F.pad(cls_attention(q, k), (1, 0)), k.mean(1)
     attention = (q.double() @ k.double().mT * 24**-0.5).softmax(-1)[:, :, 0].mean(1)
-    assert_close(out.score[:, 1:], attention[:, 1:], rtol=1e-4, atol=1e-6)
-    metric = k.float().mean(1)
+    assert_close(score[:, 1:], attention[:, 1:], rtol=1e-4, atol=1e-6)
+    out = visionzip(x, score, metric, dominant=dominant, contextual=contextual, compat=compat)
     for b in range(2):
         rows, kept, size, row = formula(
             x[b].cpu(), out.score[b].cpu(), metric[b].cpu(), dominant, contextual, compat == "released"
@@ -60,9 +61,7 @@ def test_ragged_images_with_ties(device, compat):
     cu_seqlens = torch.tensor([0, *lens], device=device).cumsum(0).int()
     x, score = torch.randn(sum(lens), 8, device=device), torch.rand(sum(lens), device=device).round(decimals=1)
     metric = torch.randint(-1, 2, (sum(lens), 3), device=device).float()
-    out = visionzip(
-        x, score=score, metric=metric, dominant=12, contextual=6, compat=compat, cu_seqlens=cu_seqlens, max_seqlen=90
-    )
+    out = visionzip(x, score, metric, dominant=12, contextual=6, compat=compat, cu_seqlens=cu_seqlens, max_seqlen=90)
     assert out.num_kept.tolist() == [18, 5, 14, 18, 12]
     restored = tokred.segment_expand(out.x.flatten(0, 1)[None], out.dst_idx[None])[0]
     for b, (start, length) in enumerate(zip(cu_seqlens.tolist(), lens)):
@@ -77,7 +76,7 @@ def test_ragged_images_with_ties(device, compat):
 
 def test_an_encoder_without_cls(device):
     x, score = torch.randn(1, 40, 8, device=device), torch.rand(1, 40, device=device)
-    out = visionzip(x, score=score, metric=x, dominant=7, contextual=4, num_protected=0)
+    out = visionzip(x, score, x, dominant=7, contextual=4, num_protected=0)
     expected = formula(x[0].cpu(), score[0].cpu(), x[0].cpu(), 7, 4, False, protected=0)
     assert out.kept_idx[0].tolist() == expected[1]
     assert_close(out.x[0].double().cpu(), expected[0], rtol=1e-5, atol=1e-6)
@@ -85,19 +84,15 @@ def test_an_encoder_without_cls(device):
 
 def test_gradient_reaches_all_tokens(device):
     x = torch.randn(1, 30, 4, device=device, requires_grad=True)
-    out = visionzip(x, score=torch.rand(1, 30, device=device), metric=x.detach(), dominant=5, contextual=3)
+    out = visionzip(x, torch.rand(1, 30, device=device), x.detach(), dominant=5, contextual=3)
     out.x.sum().backward()
     assert_close(x.grad[0, :, 0], 1 / out.size[0, out.dst_idx[0]])
 
 
 def test_errors():
     x, score = torch.zeros(1, 9, 2), torch.zeros(1, 9)
-    with pytest.raises(ValueError, match="visionzip: expected q and k of the scoring layer, or score and metric"):
-        visionzip(x)
-    with pytest.raises(ValueError, match="visionzip: expected k of the scoring layer, or metric"):
-        visionzip(x, score=score)
     for contextual in (0, 6):
         with pytest.raises(ValueError, match=rf"contextual in \[1, num_tokens - dominant\], got {contextual}"):
-            visionzip(x, score=score, metric=x, dominant=4, contextual=contextual)
+            visionzip(x, score, x, dominant=4, contextual=contextual)
     with pytest.raises(ValueError, match="expected compat to be None or 'released', got 'x'"):
-        visionzip(x, score=score, metric=x, compat="x")
+        visionzip(x, score, x, compat="x")

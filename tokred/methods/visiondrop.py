@@ -36,15 +36,13 @@ def visual_attention(q: Tensor, k: Tensor, *, first: int, last: int, scale: floa
 
 def visiondrop(
     x: Tensor,
-    k: Tensor,
-    q: Tensor | None = None,
+    score: Tensor,
+    metric: Tensor,
     *,
     dominant: int,
     contextual: int,
     first: int,
     last: int,
-    score: Tensor | None = None,
-    scale: float | None = None,
     compat: str | None = None,
 ) -> Reduced:
     """Keep the ``dominant`` visual tokens with the most attention from visual ones, and merge the others into ``contextual``.
@@ -52,15 +50,14 @@ def visiondrop(
     Args:
         x: Output of the layer behind which tokens are dropped, ``[batch_size, num_tokens, dim]``. Prompts may be padded at
             their end; the padding stays there.
-        k: Keys of the next layer, rotated, ``[batch_size, num_kv_heads, num_tokens, head_dim]``; cosines are of their mean
-            over heads.
-        q: Its queries, rotated, ``[batch_size, num_q_heads, num_tokens, head_dim]``.
+        score: Of the visual tokens, by the next layer's queries and keys, ``[batch_size, last - first]``: see
+            ``visual_attention``.
+        metric: What their cosines are of, ``[batch_size, last - first, d]``: that layer's keys, rotated, averaged over heads,
+            ``k[:, :, first:last].mean(1)``.
         dominant: How many visual tokens are kept: 30, 22 and 16 behind layers 8, 16 and 24, for 32 on average.
         contextual: How many the others are merged into, at least 1: 5, 4 and 3.
         first: Where the visual tokens start.
         last: Where they end; behind a drop ``first + dominant + contextual``.
-        score: Instead of ``q``, ``[batch_size, last - first]``.
-        scale: Of the logits, ``head_dim ** -0.5`` by default.
         compat: None, or "released" (see ``METHOD``).
 
     Returns:
@@ -73,11 +70,6 @@ def visiondrop(
         raise ValueError(f"visiondrop: expected compat to be None or 'released', got {compat!r}")
     if not 1 <= contextual <= last - first - dominant:
         raise ValueError(f"visiondrop: expected contextual in [1, {last - first - dominant}], got {contextual}")
-    if score is None:
-        if q is None:
-            raise ValueError("visiondrop: expected q of the scoring layer, or score")
-        score = visual_attention(q, k, first=first, last=last, scale=scale)
-    metric = k[:, :, first:last].mean(dim=1, dtype=torch.float32)
     lists = tokred.select_topk(score, dominant, complement=True)
     out, kept_idx, dst_idx, size = merge_rest(
         x[:, first:last], metric, lists[0], lists[1], contextual, plus_mean=compat == "released"

@@ -4,11 +4,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 import tokred
 from tokred.methods import Method, Reduced, take_kept
-from tokred.methods.fastervlm import cls_attention
 
 METHOD = Method(
     name="visionzip",
@@ -89,15 +88,12 @@ def merge_rest(
 
 def visionzip(
     x: Tensor,
-    q: Tensor | None = None,
-    k: Tensor | None = None,
+    score: Tensor,
+    metric: Tensor,
     *,
     dominant: int = 54,
     contextual: int = 10,
     num_protected: int = 1,
-    score: Tensor | None = None,
-    metric: Tensor | None = None,
-    scale: float | None = None,
     compat: str | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -107,14 +103,13 @@ def visionzip(
     Args:
         x: Output of the encoder's last layer but one with [CLS] first, ``[batch_size, num_tokens, dim]``, or packed
             ``[total_tokens, dim]``.
-        q: [CLS] query of that layer, ``[batch_size, num_heads, 1, head_dim]``. Dense input only.
-        k: Its keys, ``[batch_size, num_heads, num_tokens, head_dim]``.
+        score: The attention of [CLS] there, ``[batch_size, num_tokens]`` or ``[total_tokens]``; those of protected tokens do
+            not matter: ``pad(tokred.methods.fastervlm.cls_attention(q, k), (1, 0))``.
+        metric: What cosines are of, ``[batch_size, num_tokens, d]`` or ``[total_tokens, d]``: that layer's keys, averaged over
+            heads, ``k.mean(1)``.
         dominant: How many tokens are kept, [CLS] among them; the paper has 54 + 10, 108 + 20 and 162 + 30 of 577.
         contextual: How many tokens the others are merged into, at least 1.
         num_protected: The first tokens, which are always kept: 1 for [CLS], 0 for encoders without one.
-        score: Instead of ``q``: ``[batch_size, num_tokens]`` or ``[total_tokens]``, those of protected tokens do not matter.
-        metric: What cosines are of, ``[batch_size, num_tokens, d]`` or ``[total_tokens, d]``; the mean of ``k`` over heads.
-        scale: Of the logits, ``head_dim ** -0.5`` by default.
         compat: None, or "released" (see ``METHOD``).
         cu_seqlens: ``[batch_size + 1]`` int32 for packed input.
         max_seqlen: Longest sequence of a packed input.
@@ -128,14 +123,6 @@ def visionzip(
     """
     if compat not in (None, "released"):
         raise ValueError(f"visionzip: expected compat to be None or 'released', got {compat!r}")
-    if score is None:
-        if q is None or k is None:
-            raise ValueError("visionzip: expected q and k of the scoring layer, or score and metric")
-        score = pad(cls_attention(q, k, scale=scale), (1, 0))
-    if metric is None:
-        if k is None:
-            raise ValueError("visionzip: expected k of the scoring layer, or metric")
-        metric = k.mean(dim=1, dtype=torch.float32)
     if contextual < 1 or (cu_seqlens is None and dominant + contextual > x.shape[1]):
         raise ValueError(f"visionzip: expected contextual in [1, num_tokens - dominant], got {contextual}")
     lists = tokred.select_topk(
