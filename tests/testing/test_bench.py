@@ -247,7 +247,9 @@ def test_every_op_by_graph_replay_on_a_stand_in(op):
         for case in load_file(FILES[op]).cases("cpu", True):
             case.compiled = ()
             row = bench.measure(case, CudaTimer(api), CEILINGS, Peers("cpu", wanted=["aten"]), smoke=True)
-            assert set(row.how) == set(case.run) and set(row.how.values()) == {"graph"}, row.note
+            assert set(row.how) == set(case.run) and row.how["tokred"] == "graph", row.note
+            # A peer may be a loop on the host, which waits for the device.
+            assert all(how == "graph" or f"{name} not captured: waits" in row.note for name, how in row.how.items())
             assert set(row.eager) == set(row.memory) == set(case.run)
             # A call takes at least its outputs; nothing is freed in the stand-in, so that more means nothing.
             outputs = sum(storages(case.run["tokred"](*case.make(0))).values())

@@ -6,3 +6,4 @@ from tokred.merge.bipartite_match import bipartite_match as bipartite_match
 from tokred.merge.segment_expand import segment_expand as segment_expand
 from tokred.merge.segment_merge import segment_merge as segment_merge
 from tokred.merge.sinkhorn import sinkhorn as sinkhorn
+from tokred.merge.static_windows import static_windows as static_windows
