@@ -29,8 +29,9 @@ __device__ inline PairPlace pair_place(const PairInputs& in, int num_shares) {
 }
 
 // What folds know of their block, in shared memory: registers are for the products.
+template <int kStages = kPairStages>
 struct PairStorage {
-  PairTiles tiles;
+  PairTiles<kStages> tiles;
   float y_bias[kPairBlockY];
   PairSequence s;
   int64_t x_begin;
@@ -42,7 +43,8 @@ struct PairStorage {
 };
 
 // A bit for each of the thread's pairs in the tile, 16 r + i, that do not meet.
-__device__ inline uint64_t thread_find_apart(const PairInputs& in, const PairStorage& block, int first_y) {
+template <int kStages>
+__device__ inline uint64_t thread_find_apart(const PairInputs& in, const PairStorage<kStages>& block, int first_y) {
   const PairCorner corner;
   uint64_t apart = 0;
 #pragma unroll 1  // its registers would be missing elsewhere
@@ -53,7 +55,8 @@ __device__ inline uint64_t thread_find_apart(const PairInputs& in, const PairSto
 }
 
 // Turns a tile's products into similarities with their bias; NaN for rows of y that are dropped or past the end.
-__device__ inline void thread_similarities(PairAcc& acc, PairMetric metric, const PairStorage& block) {
+template <int kStages>
+__device__ inline void thread_similarities(PairAcc& acc, PairMetric metric, const PairStorage<kStages>& block) {
   const PairCorner corner;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -74,8 +77,8 @@ __device__ inline void thread_similarities(PairAcc& acc, PairMetric metric, cons
 }
 
 // block_meet for the block's place and tiles [tile_begin, tile_end); bias: a value per row of y, may be null.
-template <typename T, bool kVectorLoads, typename Fold>
-__device__ inline void block_meet_place(PairStorage& shared, const PairInputs& in, const PairPlace& place,
+template <typename T, bool kVectorLoads, int kStages, typename Fold>
+__device__ inline void block_meet_place(PairStorage<kStages>& shared, const PairInputs& in, const PairPlace& place,
                                         const float* bias, int tile_begin, int tile_end, Fold&& fold) {
   const PairSequence& s = place.s;
   if (threadIdx.x == 0) {  // read after block_meet's barriers

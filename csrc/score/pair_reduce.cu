@@ -10,7 +10,7 @@
 namespace tokred {
 namespace {
 
-struct ReduceStorage : PairStorage {
+struct ReduceStorage : PairStorage<> {
   float state[2][kPairBlockX][kPairReduceState];  // of the two warps that share a row
 };
 

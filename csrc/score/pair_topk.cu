@@ -62,7 +62,8 @@ __device__ inline Packed warp_take(Packed list, Packed candidate) {
 }
 
 // Similarities of a tile; NaN where rows do not meet.
-__device__ inline void thread_meet(PairAcc& acc, const PairInputs& in, const PairStorage& block, int first_y) {
+template <int kStages>
+__device__ inline void thread_meet(PairAcc& acc, const PairInputs& in, const PairStorage<kStages>& block, int first_y) {
   thread_similarities(acc, in.metric, block);
   if (!in.x_group.data && !in.exclude_self) return;  // what is dropped is NaN already
   const uint64_t apart = thread_find_apart(in, block, first_y);
@@ -80,7 +81,7 @@ struct Pass {
 };
 
 struct KeepNearest {
-  struct Storage : PairStorage {
+  struct Storage : PairStorage<> {
     Packed best[2][kPairBlockX];  // of the two warps that share a row
   };
   const PairTopkArgs& args;
@@ -121,7 +122,7 @@ struct KeepNearest {
 
 struct KeepLists {
   static constexpr int kWarpRows = 32, kWarpColumns = 64;
-  struct Storage : PairStorage {
+  struct Storage : PairStorage<2> {
     Packed list[kPairThreads / kWarpSize][kWarpRows][kPairPassK];
     float value[kPairThreads / kWarpSize][4][kWarpColumns];  // of four rows; columns permuted for the banks
   };
