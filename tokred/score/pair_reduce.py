@@ -64,7 +64,7 @@ def pair_reduce(
     by rounding, counts where a similarity is within rounding of ``param``. Inputs are finite with squared norms below
     3e38. Deterministic: the order of additions follows from positions in the sequence alone, so the same bits for any
     number of threads and whatever else is in the batch. Beside the output, 24 bytes per row of ``x`` for each of at most
-    32 shares of ``y``, and tiles of 4 MiB per thread on the CPU. Shapes depend on shapes alone. Not differentiable (``x``
+    32 shares of ``y``, and tiles of about 4 MiB per thread on the CPU. Shapes depend on shapes alone. Not differentiable (``x``
     and ``y`` may require grad); no autocast rule: they are taken as they come.
 
     Example:
