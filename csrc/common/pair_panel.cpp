@@ -48,6 +48,14 @@ TOKRED_CLONES void mask_groups(float* value, int64_t rows, int64_t width, const 
   }
 }
 
+// Clears pairs that the groups forbid.
+TOKRED_CLONES void keep_groups(int32_t* meets, int64_t rows, int64_t width, const int64_t* x_group,
+                               const int64_t* y_group, bool same) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < width; ++j) meets[i * width + j] &= (x_group[i] == y_group[j]) == same ? -1 : 0;
+  }
+}
+
 }  // namespace
 
 int64_t pair_block_rows(const PairInputs& in) {
@@ -80,10 +88,12 @@ PairPanels::PairPanels(const PairInputs& in)
       y_(kMaxDotColumns * dot_stride(depth_)),
       panel_(kMaxDotColumns * depth_),
       value_(pair_block_rows(in) * kMaxDotColumns),
-      x_group_(in.x_group.data ? pair_block_rows(in) : 0) {}
+      x_group_(in.x_group.data ? pair_block_rows(in) : 0),
+      meets_(pair_block_rows(in) * kMaxDotColumns) {}
 
 void PairPanels::pack_x(const PairSequence& s, int64_t begin, int64_t end) {
   rows_ = end - begin;
+  begin_ = begin;
   const int64_t padded = ceil_div(rows_, int64_t{kDotRows}) * kDotRows;
   const char* x = static_cast<const char*>(in_.x) + (s.x + begin * in_.stride_x) * element_size(in_.dtype);
   pack_units(in_.dtype, x, in_.stride_x, nullptr, rows_, in_.dim, padded, depth_, 0.f,
@@ -124,6 +134,23 @@ const float* PairPanels::meet(const PairSequence& s, int64_t first, int64_t coun
     mask_groups(value_.data(), rows_, width, x_group_.data(), group, in_.same_group);
   }
   return value_.data();
+}
+
+const int32_t* PairPanels::find_meets(const PairSequence& s, int64_t first, int64_t count) {
+  const int64_t width = dot_columns();
+  int32_t column[kMaxDotColumns] = {};
+  for (int64_t j = 0; j < count; ++j) column[j] = in_.drop_mask && in_.drop_mask[s.y_row + first + j] ? 0 : -1;
+  for (int64_t i = 0; i < rows_; ++i) std::copy_n(column, width, meets_.data() + i * width);
+  if (in_.x_group.data) {
+    int64_t group[kMaxDotColumns] = {};
+    for (int64_t j = 0; j < count; ++j) group[j] = in_.y_group[s.y_row + first + j];
+    keep_groups(meets_.data(), rows_, width, x_group_.data(), group, in_.same_group);
+  }
+  for (int64_t i = std::max<int64_t>(first - begin_, 0); in_.exclude_self && i < rows_; ++i) {
+    if (begin_ + i >= first + count) break;
+    meets_[i * width + begin_ + i - first] = 0;
+  }
+  return meets_.data();
 }
 
 }  // namespace tokred

@@ -29,12 +29,15 @@ class PairPanels {
   // [rows packed, dot_columns()]: similarities with rows [first, first + count) of y, count at most dot_columns().
   // bias: of all rows of y, as drop_mask; may be null. NaN past count, and where drop_mask or the groups forbid.
   const float* meet(const PairSequence& s, int64_t first, int64_t count, const float* bias);
+  // [rows packed, dot_columns()]: -1 for pairs that meet, 0 for others.
+  const int32_t* find_meets(const PairSequence& s, int64_t first, int64_t count);
 
  private:
   const PairInputs& in_;
-  int64_t depth_, rows_ = 0;  // depth_: padded
+  int64_t depth_, rows_ = 0, begin_ = 0;  // depth_: padded
   AlignedBuffer<float> x_, x_square_, y_, panel_, value_;
   AlignedBuffer<int64_t> x_group_;
+  AlignedBuffer<int32_t> meets_;
 };
 
 }  // namespace tokred

@@ -11,13 +11,16 @@
 
 namespace tokred {
 
-constexpr int kPairStages = 3;  // 72 KiB: three blocks (two of float32, by registers) fill an SM of 227 KiB
+// Of the pipeline. Three take 72 KiB: three blocks (two of float32, by registers) fill an SM of 227 KiB. Two leave room
+// for more beside them in the 99 KiB that every GPU gives a block.
+constexpr int kPairStages = 3;
 
 static_assert(kPairThreads == kTileThreads, "four warps");
 
+template <int kStages = kPairStages>
 struct PairTiles {
-  StepTile<kPairBlockX> x[kPairStages];
-  StepTile<kPairBlockY> y[kPairStages];
+  StepTile<kPairBlockX> x[kStages];
+  StepTile<kPairBlockY> y[kStages];
   float x_term[kPairBlockX];  // of each row, from its sum of squares
   float y_term[kPairBlockY];  // NaN: nobody meets this row
 };
@@ -70,8 +73,8 @@ __device__ inline void block_write_terms(float (&sum)[kRows / kRowsPerPass], flo
 // Meets x (its first 64 rows) with tiles [tile_begin, tile_end) of y. x_term(row, square) and y_term(row of y, square)
 // give the terms; squares are zero unless need_squares. fold(acc, first row of y) sees each tile's products, in order,
 // when the terms are visible; x_term and y_term may write shared memory for it, too. Called by the whole block.
-template <typename T, bool kVectorLoads, typename XTerm, typename YTerm, typename Fold>
-__device__ inline void block_meet(PairTiles& shared, const PairRows<T>& x, const PairRows<T>& y, int64_t dim,
+template <typename T, bool kVectorLoads, int kStages, typename XTerm, typename YTerm, typename Fold>
+__device__ inline void block_meet(PairTiles<kStages>& shared, const PairRows<T>& x, const PairRows<T>& y, int64_t dim,
                                   int tile_begin, int tile_end, bool need_squares, const XTerm& x_term,
                                   const YTerm& y_term, Fold&& fold) {
   const int num_steps = static_cast<int>(max(ceil_div<int64_t>(dim * sizeof(T), kStepBytes), int64_t{1}));
@@ -79,7 +82,7 @@ __device__ inline void block_meet(PairTiles& shared, const PairRows<T>& x, const
   int load_tile = tile_begin, load_step = 0;
   const auto load = [&](int it) {  // called for it = 0, 1, ...
     if (it < total) {
-      const int stage = it % kPairStages;
+      const int stage = it % kStages;
       const int64_t column = int64_t{load_step} * (kStepBytes / sizeof(T)), first_y = int64_t{load_tile} * kPairBlockY;
       thread_load<T, kVectorLoads>(shared.x[stage], x.first, x.stride, x.count, column, dim);
       thread_load<T, kVectorLoads>(shared.y[stage], y.first + first_y * y.stride, y.stride, y.count - first_y, column,
@@ -95,13 +98,13 @@ __device__ inline void block_meet(PairTiles& shared, const PairRows<T>& x, const
   const PairCorner corner;
   PairAcc acc = {};
   float x_squares[kPairBlockX / kRowsPerPass] = {}, y_squares[kPairBlockY / kRowsPerPass] = {};
-  for (int it = 0; it < kPairStages - 1; ++it) load(it);
+  for (int it = 0; it < kStages - 1; ++it) load(it);
   int tile = tile_begin, step = 0;
   for (int it = 0; it < total; ++it) {
-    cp_async_wait<kPairStages - 2>();
+    cp_async_wait<kStages - 2>();
     __syncthreads();  // step it is there for all, and step it - 1 is read by all
-    load(it + kPairStages - 1);
-    const int stage = it % kPairStages;
+    load(it + kStages - 1);
+    const int stage = it % kStages;
     const int64_t first_y = int64_t{tile} * kPairBlockY;
     if (need_squares) {
       if (tile == tile_begin) detail::thread_add_squares<T>(shared.x[stage], x_squares);

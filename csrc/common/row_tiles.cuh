@@ -34,7 +34,8 @@ __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t
   const int column = static_cast<int>(threadIdx.x) % kChunks;
   const int64_t begin = first_column + column * kPerChunk;
   const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
-  constexpr int kUnroll = kVectorLoads ? kRows / kRowsPerPass : 2;  // single values pass through registers
+  [[maybe_unused]] constexpr int kUnroll =
+      kVectorLoads ? kRows / kRowsPerPass : 2;  // single values pass through registers
 #pragma unroll kUnroll
   for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;

@@ -19,7 +19,7 @@ constexpr int kSrc = kBipartiteBlockSrc, kDst = kBipartiteBlockDst;
 static_assert(kSrc == kPairBlockX && kDst == kPairBlockY, "as the policy counts blocks");
 
 struct MatchStorage {
-  PairTiles tiles;
+  PairTiles<> tiles;
   unsigned long long best[2][kSrc];  // of the two warps that share a row
 };
 

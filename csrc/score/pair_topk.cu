@@ -7,8 +7,7 @@
 // inserted by votes, many are sorted by a bitonic network and merged. Whatever is kept is ordered by one 64-bit number,
 // (key of the similarity, complement of the index), of which no two are equal: the shares change no bit. A second
 // launch merges them. Lists beyond 32 take several passes, each below the last of the pass before.
-#include "common/launch.cuh"
-#include "common/pair_tiles.cuh"
+#include "common/pair_block.cuh"
 #include "common/score_key.h"
 #include "score/pair_topk.h"
 
@@ -62,64 +61,12 @@ __device__ inline Packed warp_take(Packed list, Packed candidate) {
   return list;
 }
 
-// Where a block works.
-struct Place {
-  PairSequence s;
-  int64_t x_begin;  // its first row in the sequence
-  int split;
-};
-__device__ inline Place place_of(const PairInputs& in, int num_splits) {
-  const int64_t index = blockIdx.x / static_cast<unsigned>(num_splits);
-  const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(num_splits));
-  if (!in.cu_x) {
-    const int64_t per_batch = ceil_div(in.num_x, int64_t{kPairBlockX});
-    return {pair_sequence(in, index / per_batch), index % per_batch * kPairBlockX, split};
-  }
-  const auto before = [&](int b) { return int64_t{in.cu_x[b] / kPairBlockX + b}; };
-  const int b = min(warp_search(static_cast<int>(in.batch_size), index, before), static_cast<int>(in.batch_size) - 1);
-  return {pair_sequence(in, b), (index - before(b)) * kPairBlockX, split};
-}
-
-// What the folds know of their block, in shared memory: registers are for the products.
-struct BlockStorage {
-  PairTiles tiles;
-  float y_bias[kPairBlockY];
-  PairSequence s;
-  int64_t x_begin;
-
-  __device__ bool meets(const PairInputs& in, int row, int64_t j) const {
-    const int64_t i = x_begin + row;
-    return i < s.num_x && j < s.num_y && pair_meets(in, s, i, j);
-  }
-};
-
-// Turns a tile's products into similarities; NaN where rows do not meet.
-__device__ inline void thread_similarities(PairAcc& acc, const PairTopkArgs& args, const BlockStorage& block,
-                                           int first_y) {
-  const PairCorner corner;
-  const PairInputs& in = args.in;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const float x = block.tiles.x_term[corner.row(r)];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float& value = pair_product(acc, r, i);
-      const int column = corner.column(i);
-      if (in.metric == PairMetric::kL2) {
-        value = 2.f * value - (x + block.tiles.y_term[column]);
-        value = value > 0.f ? 0.f : value;
-      } else {
-        value = value * x * block.tiles.y_term[column];
-      }
-      value += block.y_bias[column];
-    }
-  }
-  if (!in.x_group.data && !in.exclude_self) return;  // drop_mask is in y's terms already
-  uint64_t apart = 0;
-#pragma unroll 1  // its registers would be missing elsewhere
-  for (int i = 0; i < 64; ++i) {
-    if (!block.meets(in, corner.row(i / 16), first_y + corner.column(i % 16))) apart |= uint64_t{1} << i;
-  }
+// Similarities of a tile; NaN where rows do not meet.
+template <int kStages>
+__device__ inline void thread_meet(PairAcc& acc, const PairInputs& in, const PairStorage<kStages>& block, int first_y) {
+  thread_similarities(acc, in.metric, block);
+  if (!in.x_group.data && !in.exclude_self) return;  // what is dropped is NaN already
+  const uint64_t apart = thread_find_apart(in, block, first_y);
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     if (apart >> i & 1) pair_product(acc, i / 16, i % 16) = __uint_as_float(0x7fc00000u);
@@ -134,7 +81,7 @@ struct Pass {
 };
 
 struct KeepNearest {
-  struct Storage : BlockStorage {
+  struct Storage : PairStorage<> {
     Packed best[2][kPairBlockX];  // of the two warps that share a row
   };
   const PairTopkArgs& args;
@@ -145,7 +92,7 @@ struct KeepNearest {
 
   __device__ void fold(PairAcc& acc, int first_y) {
     const PairCorner corner;
-    thread_similarities(acc, args, shared, first_y);
+    thread_meet(acc, args.in, shared, first_y);
     thread_fold_best(acc, first_y, [](int, int, float value) { return value; }, best);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -175,7 +122,7 @@ struct KeepNearest {
 
 struct KeepLists {
   static constexpr int kWarpRows = 32, kWarpColumns = 64;
-  struct Storage : BlockStorage {
+  struct Storage : PairStorage<2> {
     Packed list[kPairThreads / kWarpSize][kWarpRows][kPairPassK];
     float value[kPairThreads / kWarpSize][4][kWarpColumns];  // of four rows; columns permuted for the banks
   };
@@ -215,7 +162,7 @@ struct KeepLists {
     const PairCorner corner;
     const int lane = lane_index();
     float (*const values)[kWarpColumns] = shared.value[warp_index()];
-    thread_similarities(acc, args, shared, first_y);
+    thread_meet(acc, args.in, shared, first_y);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int first = 16 * (r / 2) + 8 * (r % 2);
@@ -260,41 +207,22 @@ struct KeepLists {
   }
 };
 
-// grid: blocks of x * shares of y, the shares of one block side by side: they read the same rows of x.
 template <typename T, bool kVectorLoads, typename Keep>
 __global__ void __launch_bounds__(kPairThreads,
                                   kVectorLoads && sizeof(T) == 2 && std::is_same_v<Keep, KeepNearest> ? 3 : 2)
     pair_topk_kernel(const PairTopkArgs args, int num_splits, const Pass pass) {
   TOKRED_SHARED(typename Keep::Storage, shared);
   const PairInputs& in = args.in;
-  const Place place = place_of(in, num_splits);
+  const PairPlace place = pair_place(in, num_splits);
   const PairSequence& s = place.s;
   if (place.x_begin >= s.num_x) return;  // the same in the whole block
   const int64_t num_tiles = ceil_div(s.num_y, int64_t{kPairBlockY});
-  const int tile_begin = static_cast<int>(num_tiles * place.split / num_splits);
-  const int tile_end = static_cast<int>(num_tiles * (place.split + 1) / num_splits);
-  const T* x = static_cast<const T*>(in.x) + s.x + place.x_begin * in.stride_x;
-  const T* y = static_cast<const T*>(in.y) + s.y;
-  if (threadIdx.x == 0) {  // read after block_meet's barriers
-    shared.s = s;
-    shared.x_begin = place.x_begin;
-  }
-  const auto term = [&](float square) {
-    if (in.metric == PairMetric::kL2) return square;
-    const float norm = sqrtf(square);
-    return in.metric == PairMetric::kDot ? 1.f : 1.f / (norm < kPairEps ? kPairEps : norm);
-  };
+  const int tile_begin = static_cast<int>(num_tiles * place.share / num_splits);
+  const int tile_end = static_cast<int>(num_tiles * (place.share + 1) / num_splits);
   Keep keep(args, shared, pass);
-  block_meet<T, kVectorLoads>(
-      shared.tiles, PairRows<T>{x, in.stride_x, s.num_x - place.x_begin}, PairRows<T>{y, in.stride_y, s.num_y}, in.dim,
-      tile_begin, tile_end, in.metric != PairMetric::kDot, [&](int, float square) { return term(square); },
-      [&](int64_t j, float square) {
-        const bool meets = j < s.num_y && !(in.drop_mask && in.drop_mask[s.y_row + j]);
-        shared.y_bias[j % kPairBlockY] = meets && args.bias ? args.bias[s.y_row + j] : 0.f;
-        return meets ? term(square) : __uint_as_float(0x7fc00000u);
-      },
-      [&](PairAcc& acc, int first_y) { keep.fold(acc, first_y); });
-  keep.write(pass.out + place.split * pass.stride_split + (s.x_row + place.x_begin) * pass.stride_row, pass,
+  block_meet_place<T, kVectorLoads>(shared, in, place, args.bias, tile_begin, tile_end,
+                                    [&](PairAcc& acc, int first_y) { keep.fold(acc, first_y); });
+  keep.write(pass.out + place.share * pass.stride_split + (s.x_row + place.x_begin) * pass.stride_row, pass,
              static_cast<int>(min(s.num_x - place.x_begin, int64_t{kPairBlockX})));
 }
 

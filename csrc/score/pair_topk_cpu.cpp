@@ -16,24 +16,25 @@ namespace tokred {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+static_assert(kMaxDotColumns == 32, "a bit each");
 constexpr int64_t kMaxSharedK = 64;  // longer lists of several shares would take much memory
 
-// reaches[i]: whether anything in row i is above the threshold, or that is NaN: take whatever comes.
-TOKRED_CLONES void find_rows(const float* value, int64_t rows, int64_t width, const float* threshold,
-                             uint8_t* reaches) {
+// above[i]: a bit per column of row i that is above its threshold; all of them where that is NaN: take whatever comes.
+TOKRED_CLONES void find_above(const float* value, int64_t rows, int64_t width, const float* threshold,
+                              uint32_t* above) {
   for (int64_t i = 0; i < rows; ++i) {
     const float least = threshold[i];
-    int32_t any = 0;
-    for (int64_t j = 0; j < width; ++j) any |= value[i * width + j] > least;
-    reaches[i] = any != 0 || least != least;
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < width; ++j) bits |= static_cast<uint32_t>(value[i * width + j] > least) << j;
+    above[i] = least == least ? bits : ~0u;
   }
 }
 
 struct Lists {
-  explicit Lists(int64_t rows) : threshold(rows), count(rows), reaches(rows) {}
+  explicit Lists(int64_t rows) : threshold(rows), count(rows), above(rows) {}
   AlignedBuffer<float> threshold;  // the similarity of a full list's last place; NaN: any may enter
   AlignedBuffer<int64_t> count;
-  AlignedBuffer<uint8_t> reaches;
+  AlignedBuffer<uint32_t> above;
 };
 
 void take(uint64_t* heap, int64_t k, uint64_t packed, int64_t& count, float& threshold) {
@@ -60,13 +61,15 @@ void fill_lists(const PairTopkArgs& a, const PairSequence& s, const PairBlock& b
   for (int64_t begin = first; begin < last; begin += width) {
     const int64_t count = std::min(width, last - begin);
     const float* value = panels.meet(s, begin, count, a.bias);
-    find_rows(value, rows, width, lists.threshold.data(), lists.reaches.data());
+    find_above(value, rows, width, lists.threshold.data(), lists.above.data());
+    const uint32_t exist = ~0u >> (kMaxDotColumns - count);
     for (int64_t i = 0; i < rows; ++i) {
-      if (!lists.reaches[i]) continue;
-      for (int64_t j = 0; j < count; ++j) {
-        if (value[i * width + j] <= lists.threshold[i]) continue;
+      for (uint32_t left = lists.above[i] & exist; left != 0; left &= left - 1) {
+        const int64_t j = __builtin_ctz(left);
+        const float similarity = value[i * width + j];
+        if (similarity <= lists.threshold[i]) continue;  // which has risen since
         if (!pair_meets(a.in, s, block.begin + i, begin + j)) continue;
-        const uint64_t packed = uint64_t{score_key(value[i * width + j])} << 32 | (~static_cast<uint32_t>(begin + j));
+        const uint64_t packed = uint64_t{score_key(similarity)} << 32 | ~static_cast<uint32_t>(begin + j);
         take(heaps + i * a.k, a.k, packed, lists.count[i], lists.threshold[i]);
       }
     }

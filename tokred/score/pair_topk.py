@@ -5,9 +5,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokred import _op, _pair, _topk
+from tokred import _op, _pair
 
 
 def pair_topk(
@@ -60,11 +61,10 @@ def pair_topk(
 
     Similarities are computed in float32 (for float32 inputs to float32 accuracy on every device, by three TF32 products
     on CUDA) and differ between devices by rounding, about 1e-6 of ``|x| |y|``, or of ``|x|^2 + |y|^2`` with ``"l2"``, which
-    is never positive; ``idx`` always equals the selection from those that ``value`` is of. Inputs are finite with
-    squared norms below 3e38. Deterministic: the same bits for any number of threads and whatever else is in the batch.
-    Beside the outputs the CPU takes tiles of 4 MiB per thread and, where there are fewer than 16 blocks of ``x`` and ``k``
-    is at most 64, 8 bytes per slot for each of up to 16 shares of ``y``; CUDA at most 9 MB for lists of shares of ``y``. On
-    CUDA, ``y`` passes once for every 32 of ``k``. Shapes depend on shapes and ``k`` alone. Not differentiable (``x`` and
+    is never positive; ``idx`` always equals the selection from the same similarities. Inputs are finite with squared
+    norms below 3e38. Deterministic: the same bits for any number of threads and whatever else is in the batch.
+    Beside the outputs, the CPU takes tiles of about 4 MiB per thread; where ``x`` is short and ``y`` is shared out, lists of
+    the shares take up to 16 MB on the CPU and 9 MB on CUDA. On CUDA, ``y`` passes once for every 32 of ``k``. Shapes depend on shapes and ``k`` alone. Not differentiable (``x`` and
     ``y`` may require grad); no autocast rule: they are taken as they come.
 
     VisionZip's and HiPrune's assignment to targets, PruMerge's neighbours of centres, PiToMe's pairs, nearest codes,
@@ -108,21 +108,26 @@ def reference(
         similar, meets = _pair.similarities(part, metric, group_rule, exclude_self)
         if part.bias is not None:
             similar = similar + part.bias
-        for row, eligible in zip(similar, meets):
-            order = _rank(row)
-            kept = order[eligible[order]][:k]
-            lists.append(_topk.pad(kept, k))
-            values.append(torch.cat([row[kept], row.new_full((k - len(kept),), -torch.inf)]))
+        order = _rank(similar, meets)[:, :k]
+        kept = meets.gather(1, order)
+        short = (0, k - order.shape[1])
+        values.append(F.pad(similar.gather(1, order).masked_fill(~kept, -torch.inf), short, value=-torch.inf))
+        lists.append(F.pad(order.masked_fill(~kept, -1), short, value=-1))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    value = torch.stack(values) if values else x.new_empty((0, k), dtype=dtype)
-    idx = torch.stack(lists) if lists else x.new_empty((0, k), dtype=torch.int64)
+    value = torch.cat(values) if values else x.new_empty((0, k), dtype=dtype)
+    idx = torch.cat(lists) if lists else x.new_empty((0, k), dtype=torch.int64)
     return value.reshape(*x.shape[:-1], k), idx.reshape(*x.shape[:-1], k)
 
 
-def _rank(value: Tensor) -> Tensor:
-    """Return the columns from best to worst: ties to the lower index, NaN below every number; in value's own precision."""
-    order = value.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(descending=True, stable=True)
-    return order[(~value.isnan())[order].float().argsort(descending=True, stable=True)]
+def _rank(value: Tensor, meets: Tensor) -> Tensor:
+    """Return each row's columns from best to worst: ties to the lower index, NaN below every number, who meets first."""
+    order = value.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    for key in (
+        ~value.isnan(),
+        meets,
+    ):  # least significant first: each stable sort keeps the order of the ones before it
+        order = order.gather(1, key.gather(1, order).byte().argsort(dim=1, descending=True, stable=True))
+    return order
 
 
 def _empty(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
