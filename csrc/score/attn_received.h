@@ -182,7 +182,7 @@ struct AttnDiagonalPolicy {
 };
 constexpr AttnDiagonalPolicy choose_attn_diagonal_policy(int64_t head_dim, DType dtype) {
   const bool is_float = dtype == DType::kF32;
-  const int warps = is_float ? 4 : 8, rows_per_warp = is_float || head_dim > 128 ? 16 : 32;
+  const int warps = !is_float ? 8 : head_dim > 128 ? 3 : 4, rows_per_warp = is_float || head_dim > 128 ? 16 : 32;
   const int tile_queries = !is_float ? 64 : head_dim > 128 ? 16 : 32;
   return {warps, tile_queries, warps * rows_per_warp - tile_queries};
 }

@@ -17,7 +17,9 @@ namespace {
 template <typename T, int kDim>
 struct DiagonalConfig : AttnConfig<T, kDim> {
   using C = AttnConfig<T, kDim>;
-  static constexpr int kWarps = C::kMaxThreads / kWarpSize;
+  static constexpr int kWarps =
+      C::kIsFloat ? kDim > 128 ? 3 : 4 : 8;  // float32: shared memory for the rows of that many
+  static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunks = C::kTile / C::kChunk;                    // of a warp and step
   static constexpr int kLength = C::kRowsPerWarp + C::kChunk - 1;         // diagonals that a chunk touches
   static constexpr int kBand = kWarps * C::kRowsPerWarp - C::kTile;       // of a block
@@ -27,7 +29,7 @@ struct DiagonalConfig : AttnConfig<T, kDim> {
 template <typename T, int kDim>
 struct DiagonalStorage {
   using D = DiagonalConfig<T, kDim>;
-  AttnStorage<T, kDim> rows;
+  AttnStorage<T, kDim, D::kWarps * D::kRowsPerWarp> rows;
   float weight[D::kWarps][D::kRowsPerWarp][D::kChunk + 1];  // of a warp's chunk, [key][query]
   float part[D::kWarps][D::kChunks][D::kLength];
 };
@@ -51,7 +53,7 @@ __device__ inline float fold_parts(const DiagonalStorage<T, kDim>& shared, int u
 
 // grid: batch_size * num_kv_heads * bands. The tail of the shared memory holds the sums, [group, kBand].
 template <typename T, int kDim>
-__global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, DiagonalConfig<T, kDim>::kBlocksPerSm)
+__global__ void __launch_bounds__(DiagonalConfig<T, kDim>::kThreads, DiagonalConfig<T, kDim>::kBlocksPerSm)
     attn_diagonal_kernel(const AttnReceivedArgs args, int bands, bool aligned) {
   using D = DiagonalConfig<T, kDim>;
   using S = DiagonalStorage<T, kDim>;
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, DiagonalConf
   // The queries that have a key at these distances, in whole tiles from the first query on.
   const int q_begin = min(max(first - start, 0), s.q_len) / D::kTile * D::kTile;
   const int num_steps = first > args.back ? 0 : ceil_div(s.q_len - q_begin, D::kTile), num_tiles = num_steps * group;
-  for (int u = thread; u < D::kBand; u += D::kMaxThreads) {
+  for (int u = thread; u < D::kBand; u += D::kThreads) {
     for (int h = 0; h < group; ++h) sums[h * D::kBand + u] = 0.f;
   }
   const auto issue = [&](int i) {
@@ -140,11 +142,11 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, DiagonalConf
       }
     }
     __syncthreads();  // the parts of all warps are there
-    for (int u = thread; u < D::kBand; u += D::kMaxThreads) {
+    for (int u = thread; u < D::kBand; u += D::kThreads) {
       sums[i % group * D::kBand + u] += fold_parts(shared, u, num_chunks);
     }
   }
-  for (int u = thread; u < D::kBand && first + u < s.kv_len; u += D::kMaxThreads) {
+  for (int u = thread; u < D::kBand && first + u < s.kv_len; u += D::kThreads) {
     for (int h = 0; h < group; ++h) {
       const int64_t head = s.batch * args.num_q_heads + kv_head * group + h;
       args.diagonal[head * args.kv_len + first + u] = sums[h * D::kBand + u];
@@ -160,7 +162,7 @@ int launch_diagonal(const AttnReceivedArgs& a, CUstream_st* stream) {
   const int bands = static_cast<int>(ceil_div<int64_t>(a.kv_len, D::kBand));
   const size_t sums = static_cast<size_t>(a.group() * D::kBand) * sizeof(float);
   return launch(attn_diagonal_kernel<T, kDim>, dim3(static_cast<unsigned>(a.batch_size * a.num_kv_heads * bands)),
-                dim3(D::kMaxThreads), shared_bytes_with_tail<DiagonalStorage<T, kDim>>(sums), stream, a, bands,
+                dim3(D::kThreads), shared_bytes_with_tail<DiagonalStorage<T, kDim>>(sums), stream, a, bands,
                 has_aligned_rows<T>(a));
 }
 

@@ -51,7 +51,7 @@ struct AttnPlace {
   int kv_head, index;
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kOwnRows = AttnConfig<T, kDim>::kMaxRows>
 struct AttnStorage {
   using C = AttnConfig<T, kDim>;
   T tile[C::kStages][C::kTile][C::kStride];
@@ -73,7 +73,7 @@ struct AttnStorage {
       float own_bias[C::kMaxRows];
     } queries;
   };
-  T own[C::kIsFloat ? C::kMaxRows : 1][C::kStride];  // float32: the warps' own rows
+  T own[C::kIsFloat ? kOwnRows : 1][C::kStride];  // float32: the warps' own rows
 };
 
 template <typename T>
@@ -141,8 +141,8 @@ __device__ inline void block_load_tile(T (*tile)[AttnConfig<T, kDim>::kStride], 
 }
 
 // Queries [first, first + kTile) of a head into a stage, those before end, with what weighs their products.
-template <typename T, int kDim>
-__device__ inline void block_load_queries(AttnStorage<T, kDim>& shared, int stage, const AttnReceivedArgs& a,
+template <typename T, int kDim, int kOwnRows>
+__device__ inline void block_load_queries(AttnStorage<T, kDim, kOwnRows>& shared, int stage, const AttnReceivedArgs& a,
                                           const AttnSequence s, int head, int first, int end, bool aligned) {
   block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(a, s, head), first, nullptr, static_cast<int>(a.head_dim),
                            aligned);
@@ -165,8 +165,8 @@ struct OwnRows {
   using C = AttnConfig<T, kDim>;
   uint32_t a[C::kRowTiles][C::kSteps][4];
 
-  template <typename RowAt>
-  __device__ void load(AttnStorage<T, kDim>&, RowAt&& row_at, int head_dim, bool aligned) {
+  template <typename Storage, typename RowAt>
+  __device__ void load(Storage&, RowAt&& row_at, int head_dim, bool aligned) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
@@ -197,8 +197,8 @@ struct OwnRows<float, kDim> {
   using C = AttnConfig<float, kDim>;
   const float (*rows)[C::kStride] = nullptr;
 
-  template <typename RowAt>
-  __device__ void load(AttnStorage<float, kDim>& shared, RowAt&& row_at, int head_dim, bool) {
+  template <typename Storage, typename RowAt>
+  __device__ void load(Storage& shared, RowAt&& row_at, int head_dim, bool) {
     float (*mine)[C::kStride] = shared.own + warp_index() * C::kRowsPerWarp;
     for (int r = 0; r < C::kRowsPerWarp; ++r) {
       const float* row = row_at(r);

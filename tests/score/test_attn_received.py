@@ -271,22 +271,24 @@ def test_diagonals_by_hand(device):
     assert not check_diagonals(q, k[:, :, :3])[2][0, 0, 3:].any()
 
 
-def test_diagonals_take_all_options(device, dtype):
-    q, k = make(device, dtype, 2, (6, 2), 70, 230, 24)
-    weight, bias = torch.randn(2, 6, 70, device=device), torch.randn(2, 6, 230, device=device)
+def test_diagonals_take_all_options(device, dtype, simt):
+    if simt and dtype == torch.float16:
+        return
+    q, k = make(device, dtype, 2, (6, 2), 40, 110, 24)
+    weight, bias = torch.randn(2, 6, 40, device=device), torch.randn(2, 6, 110, device=device)
     bias[:, :, 5:9] = -INF
-    options = {"window": 150, "softcap": 5.0, "sink": torch.randn(6, device=device), "q_weight": weight, "scale": 0.3}
-    assert not check_diagonals(q, k, **options)[2][..., 151:].any()
+    options = {"window": 80, "softcap": 5.0, "sink": torch.randn(6, device=device), "q_weight": weight, "scale": 0.3}
+    assert not check_diagonals(q, k, **options)[2][..., 81:].any()
     for heads in (1, 2, 6):
         check_diagonals(q, k, key_bias=bias[:, :heads], **options)
     lse = tokred.attn_received(q, k, causal=True)[1]
     lse[0, 1, 3], lse[1, 2, 9] = -INF, NAN
     diagonal = check_diagonals(q, k, lse=lse)[2]
-    assert diagonal[1, 2, :170].isnan().all() and diagonal[0].isfinite().all()
+    assert diagonal[1, 2, :80].isnan().all() and diagonal[0].isfinite().all()
 
 
 def test_diagonals_do_not_depend_on_batch_or_threads(device, dtype, threads):
-    q, k = make(device, dtype, 3, (2, 1), 90, 260, 64)
+    q, k = make(device, dtype, 3, (2, 1), 70, 210, 16)
 
     def run():
         return tokred.attn_received(q, k, causal=True, return_diagonal=True)
