@@ -83,6 +83,36 @@ def by_head(q: Tensor, k: Tensor, *lse: Tensor, **options: Any) -> tuple[Tensor,
     return torch.cat(heads, 1), None
 
 
+def slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    return tokred.attn_received(q, k, causal=True, return_diagonal=True)
+
+
+def call_slash(q: Tensor, k: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, k), {"causal": True, "return_diagonal": True}
+
+
+def eager_slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Verticals and slashes of MInference: rows padded so that a diagonal is a column of a skewed view."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    hidden = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).triu(kv_len - q_len + 1)
+    p = logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
+    padded = torch.nn.functional.pad(p, (q_len - 1, 0))
+    width = padded.shape[-1]
+    view = padded.as_strided((*p.shape[:2], q_len, kv_len), (*padded.stride()[:2], width + 1, 1))
+    return p.sum(-2), None, view.sum(-2).flip(-1)
+
+
+def by_head_slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    define, group = _registry.op("attn_received").module.reference, q.shape[1] // k.shape[1]
+    options = {"causal": True, "return_diagonal": True}
+    heads = [define(q[:, [h]], k[:, [h // group]], **options) for h in range(q.shape[1])]
+    return tuple(torch.cat(parts, 1) for parts in zip(*heads))
+
+
+def received_and_diagonal(out: tuple[Tensor, ...], *inputs: object) -> Tensor:
+    return torch.cat([out[0], out[2]], -1)
+
+
 PAGE = 16
 
 
@@ -161,6 +191,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
         ("lse", F32, Size(1, 16, 16, 577, 577, 64), None),
         ("paged", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
         ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
+        ("slash", BF16, Size(1, 32, 8, 64, 16384, 128), None),
     ]
     if cuda:
         sizes = [
@@ -173,10 +204,12 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             ("", F32, Size(1, 16, 16, 577, 577, 64), None),
             ("paged", BF16, Size(1, 32, 8, 64, 131072, 128), None),
             ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
+            ("slash", BF16, Size(1, 32, 8, 64, 131072, 128), None),
         ]
     if smoke:
         tiny = Size(1, 2, 1, 20, 40, 16)
         sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
+        sizes += [("slash", F32, tiny, None)]
         sizes += [("paged", F32, Size(1, 2, 1, 20, 48, 16), None), ("packed", F32, Size(3, 2, 2, 20, 20, 16), None)]
     forms: dict[str, dict[str, Any]] = {
         "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
@@ -185,6 +218,12 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "run": {"tokred": causal, "eager softmax": eager_causal},
             "call": call_causal,
             "reference": partial(by_head, causal=True),
+        },
+        "slash": {
+            "run": {"tokred": slash, "eager softmax": eager_slash},
+            "call": call_slash,
+            "reference": by_head_slash,
+            "compare": received_and_diagonal,
         },
         "paged": {
             "run": {"tokred": paged, "gather+eager softmax": eager_paged},

@@ -42,8 +42,9 @@ def test_floor_by_hand():
     q, k, table = meta(2, 4, 5, 8), meta(99, 16, 2, 8), meta(2, 3, dtype=torch.int32)
     moved = 2 * 16 * (2 * 4 * 5 + 2 * 2 * 48) + 24 + 4 * 2 * 4 * (48 + 5)
     assert floor(q, k, page_table=table) == (moved, 2 * 2 * 2 * 4 * 5 * 48 * 8)
-    # The CPU keeps a block's logits: one pass.
+    # The CPU keeps a block's logits: one pass. Diagonals: another one, 2 + 3 of 6 pairs; 3 sums.
     q, k = torch.empty(1, 1, 2, 4), torch.empty(1, 1, 3, 4)
+    assert floor(q, k, causal=True, return_diagonal=True) == (2 * 4 * (8 + 12) + 4 * (3 + 3 + 2), 2 * 2 * 5 * 4)
     assert floor(q, k) == (4 * (8 + 12) + 4 * (3 + 2), 2 * 2 * 3 * 4)
 
 
@@ -238,6 +239,73 @@ def test_q_start(device, q_start):
     assert_close(received.sum(-1), sees.sum().float().expand(1, 4), name="one unit from each query that sees a key")
     check(q, k, causal=True, q_start=q_start, reduce="max")
     assert_close(tokred.attn_received(q, k, q_start=q_start), tokred.attn_received(q, k), rtol=0, atol=0)  # not causal
+
+
+def check_diagonals(q, k, **options):
+    return check(q, k, causal=True, return_diagonal=True, **options)
+
+
+# Bands of 192 diagonals (16-bit) or 32 (float32), tiles of 64 or 32 queries: below, at, above; more queries than keys.
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 50), (33, 32), (64, 191), (65, 193), (130, 130), (9, 400)])
+def test_diagonals(device, dtype, q_len, kv_len):
+    q, k = make(device, dtype, 2, (4, 2), q_len, kv_len, 40)
+    received, _, diagonal = check_diagonals(q, k)
+    assert_close(diagonal.sum(-1), received.sum(-1), rtol=1e-5, name="mass")
+
+
+@pytest.mark.parametrize("head_dim", [16, 72, 96, 128, 160, 192, 256])
+def test_diagonals_of_head_dims(device, dtype, head_dim, simt):
+    if not simt or dtype != torch.float16:
+        check_diagonals(*make(device, dtype, 1, (1, 1), 70, 210, head_dim))
+
+
+def test_diagonals_by_hand(device):
+    """Equal logits: query i of n spreads 1 / (i + 1) over its distances 0 .. i."""
+    q, k = torch.zeros(1, 1, 100, 8, device=device), torch.randn(1, 1, 100, 8, device=device)
+    share = 1 / torch.arange(1, 101, dtype=torch.float64)
+    expected = share.flip(0).cumsum(0).flip(0).float().to(device)
+    assert_close(tokred.attn_received(q, k, causal=True, return_diagonal=True)[2][0, 0], expected, rtol=1e-5)
+    assert_close(check_diagonals(q[:, :, :0], k)[2], torch.zeros(1, 1, 100, device=device))
+    assert check_diagonals(q, k[:, :, :0])[2].shape == (1, 1, 0)
+    assert check_diagonals(q[:0], k[:0])[2].shape == (0, 1, 100)
+    assert not check_diagonals(q, k[:, :, :3])[2][0, 0, 3:].any()
+
+
+def test_diagonals_take_all_options(device, dtype, simt):
+    if simt and dtype == torch.float16:
+        return
+    q, k = make(device, dtype, 2, (6, 2), 40, 110, 24)
+    weight, bias = torch.randn(2, 6, 40, device=device), torch.randn(2, 6, 110, device=device)
+    bias[:, :, 5:9] = -INF
+    options = {"window": 80, "softcap": 5.0, "sink": torch.randn(6, device=device), "q_weight": weight, "scale": 0.3}
+    assert not check_diagonals(q, k, **options)[2][..., 81:].any()
+    for heads in (1, 2, 6):
+        check_diagonals(q, k, key_bias=bias[:, :heads], **options)
+    lse = tokred.attn_received(q, k, causal=True)[1]
+    lse[0, 1, 3], lse[1, 2, 9] = -INF, NAN
+    diagonal = check_diagonals(q, k, lse=lse)[2]
+    assert diagonal[1, 2, :80].isnan().all() and diagonal[0].isfinite().all()
+
+
+def test_diagonals_do_not_depend_on_batch_or_threads(device, dtype, threads):
+    q, k = make(device, dtype, 3, (2, 1), 70, 210, 16)
+
+    def run():
+        return tokred.attn_received(q, k, causal=True, return_diagonal=True)
+
+    first, *rest = threads(run)
+    for other in rest:
+        assert_close(other, first, rtol=0, atol=0)
+    alone = tokred.attn_received(q[2:], k[2:], causal=True, return_diagonal=True)
+    assert_close([x[2:] for x in first], list(alone), rtol=0, atol=0)
+    assert_close(list(first[:2]), list(tokred.attn_received(q, k, causal=True)), rtol=0, atol=0)
+
+
+def test_diagonals_of_views_read_nothing_else(device, dtype):
+    padded = torch.full((1, 2, 150, 50), NAN, device=device, dtype=dtype)
+    view = padded[:, :, 7:140, 3:43]
+    view.copy_(torch.randn(1, 2, 133, 40))
+    check_diagonals(view[:, :, -70:], view)
 
 
 def test_windows_are_slices(device):
@@ -685,7 +753,21 @@ def test_inference_and_no_grad(device):
         assert_close(tokred.attn_received(q, k), expected, rtol=0, atol=0)
 
 
+NO_DIAGONALS = 'expected dense q and k, causal=True, q_start=None and reduce="sum" with return_diagonal, got '
+
+
+def diagonals(q, k, **options):
+    return tokred.attn_received(q, k, return_diagonal=True, **options)
+
+
 ERRORS = {
+    NO_DIAGONALS + 'causal=False, q_start=None, reduce="sum"': lambda q, k, r: diagonals(q, k),
+    NO_DIAGONALS + 'causal=True, q_start=2, reduce="max"': (
+        lambda q, k, r: diagonals(q, k, causal=True, q_start=2, reduce="max")
+    ),
+    NO_DIAGONALS + 'packed or paged ones, causal=True, q_start=None, reduce="sum"': (
+        lambda q, k, r: diagonals(q, k, causal=True, page_table=torch.zeros(2, 1, dtype=torch.int32, device=q.device))
+    ),
     "expected q of shape [batch_size, num_q_heads, q_len, head_dim], got [4, 5, 16]": (
         lambda q, k, r: tokred.attn_received(q[0], k)
     ),

@@ -56,6 +56,12 @@ def pruned_layers(x):
     return total
 
 
+def verticals_and_slashes(x):
+    p = matrix(x.q, x.k, causal=True)[:, :, -64:]  # the first of these queries is at position 32
+    slashes = torch.stack([p.diagonal(32 - distance, 2, 3).sum(-1) for distance in range(96)], -1)
+    return torch.stack([p.sum(2), slashes])
+
+
 FORMULAS = {
     "CLS row": lambda x: matrix(x.q, x.k)[:, :, 0].mean(1)[:, 1:],
     "last row": lambda x: matrix(x.q, x.k)[:, :, -1].mean(1)[:, 10:74],
@@ -70,6 +76,7 @@ FORMULAS = {
     "some heads": lambda x: matrix(x.q, x.k)[:, [0, 3]].sum(2),
     "greatest over heads": lambda x: matrix(x.q, x.k).sum(2).amax(1),
     "sum and maximum": lambda x: (matrix(x.q, x.k).sum(2) + matrix(x.q, x.k).amax(2)).mean(1),
+    "verticals and slashes": verticals_and_slashes,
     "heads merged into one": merged_heads,
     "per KV head": lambda x: matrix(x.q, x.k, causal=True)[:, :, -64:].sum(2).view(2, 2, 2, -1).mean(2),
     "pooled over neighbours": lambda x: F.max_pool1d(matrix(x.q, x.k, causal=True)[:, :, -64:].sum(2), 7, 1, 3),
