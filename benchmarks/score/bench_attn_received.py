@@ -53,6 +53,23 @@ def eager_causal(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
     return logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).sum(-2), None
 
 
+def hide_later(logits: Tensor) -> Tensor:
+    """Hide in place what the last queries do not see: among the last keys alone, as SnapKV does."""
+    later = torch.ones(logits.shape[-2], logits.shape[-2], dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., -logits.shape[-2] :].masked_fill_(later, -torch.inf)
+    return logits
+
+
+def eager_window(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    return hide_later(logits(q, k)).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
+def eager_window_grouped(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    """K is not repeated: a group's queries are rows of one product, and scaled, for they are fewer than logits."""
+    rows = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return hide_later((rows @ k.mT).view(*q.shape[:3], -1)).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
 def eager_with_lse(q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, None]:
     return (logits(q, k).float() - lse[..., None]).exp().sum(-2), None
 
@@ -179,19 +196,21 @@ def received(out: tuple[Tensor, Tensor | None], *inputs: object) -> Tensor:
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     """Yield the rows of this benchmark."""
     cuda = device == "cuda"
-    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP; Qwen2.5-VL's 8x8 windows of an
-    # image of 1344 x 1008
+    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP, the CLS row, the last token of a
+    # prompt; Qwen2.5-VL's 8x8 windows of an image of 1344 x 1008
     sizes: list[tuple[str, torch.dtype, Size, float | None]] = [
         ("", F32, Size(1, 16, 16, 577, 577, 64), 1.2),
         ("", F32, Size(1, 32, 32, 2880, 2880, 128), 2.0),
-        ("", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
+        ("window", BF16, Size(1, 32, 8, 64, 16384, 128), 4.0),
         ("", BF16, Size(1, 16, 16, 577, 577, 64), None),
         ("", BF16, Size(1, 16, 16, 729, 729, 72), None),
-        ("", BF16, Size(8, 16, 16, 1, 577, 64), None),
+        ("", BF16, Size(8, 16, 16, 1, 577, 64), 2.0),
+        ("", BF16, Size(1, 32, 8, 1, 16384, 128), None),
         ("lse", F32, Size(1, 16, 16, 577, 577, 64), None),
         ("paged", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
         ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
         ("slash", BF16, Size(1, 32, 8, 64, 16384, 128), None),
+        ("packed", BF16, Size(108, 16, 16, 64, 64, 80), 1.5),
     ]
     if cuda:
         sizes = [
@@ -210,6 +229,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
         tiny = Size(1, 2, 1, 20, 40, 16)
         sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
         sizes += [("slash", F32, tiny, None)]
+        sizes = [(kind, F32, tiny, None) for kind in ("", "causal", "window")] + [("lse", BF16, tiny, None)]
         sizes += [("paged", F32, Size(1, 2, 1, 20, 48, 16), None), ("packed", F32, Size(3, 2, 2, 20, 20, 16), None)]
     forms: dict[str, dict[str, Any]] = {
         "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
@@ -224,6 +244,10 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "call": call_slash,
             "reference": by_head_slash,
             "compare": received_and_diagonal,
+        "window": {
+            "run": {"tokred": causal, "eager softmax": eager_window, "grouped eager softmax": eager_window_grouped},
+            "call": call_causal,
+            "reference": partial(by_head, causal=True),
         },
         "paged": {
             "run": {"tokred": paged, "gather+eager softmax": eager_paged},

@@ -9,6 +9,7 @@
 #endif
 
 #include "common/dot_panel.h"
+#include "common/dot_rows.h"
 
 namespace tokred {
 
@@ -69,12 +70,14 @@ bool has_gemm_bf16() {
   return has;
 }
 
-void gemm_nt_bf16(const c10::BFloat16* a, const c10::BFloat16* b, float* c, int64_t m, int64_t n, int64_t depth) {
+void gemm_nt_bf16(const c10::BFloat16* a, const c10::BFloat16* b, int64_t stride_b, float* c, int64_t m, int64_t n,
+                  int64_t depth) {
   alignas(64) float panel[kMaxDepth / 2 * kMaxDotColumns];
   for (int64_t j = 0, width; j < n; j += width) {
     width = n - j < kMaxDotColumns ? kVecLanes : kMaxDotColumns;
     // Pairs move as floats do.
-    transpose_panel(reinterpret_cast<const float*>(b + j * depth), depth / 2, width, depth / 2, panel);
+    transpose_panel(reinterpret_cast<const float*>(b + j * stride_b), stride_b / 2, width, depth / 2, panel);
+    for (int64_t r = 0; r < kMaxDotColumns; ++r) prefetch(b + (j + width + r) * stride_b, depth * 2);
     (width == kVecLanes ? multiply<1> : multiply<2>)(a, m, depth, panel, c + j, n);
   }
 }
@@ -82,7 +85,7 @@ void gemm_nt_bf16(const c10::BFloat16* a, const c10::BFloat16* b, float* c, int6
 #else
 
 bool has_gemm_bf16() { return false; }
-void gemm_nt_bf16(const c10::BFloat16*, const c10::BFloat16*, float*, int64_t, int64_t, int64_t) {}
+void gemm_nt_bf16(const c10::BFloat16*, const c10::BFloat16*, int64_t, float*, int64_t, int64_t, int64_t) {}
 
 #endif
 

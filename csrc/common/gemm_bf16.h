@@ -17,8 +17,9 @@ bool has_gemm_bf16();
 void pack_rows_bf16(const c10::BFloat16* src, int64_t stride_row, int64_t rows, int64_t depth, int64_t padded_rows,
                     int64_t padded_depth, c10::BFloat16* dst);
 
-// c[m, n] = a[m, depth] * b[n, depth]^T; all contiguous, 64-byte aligned; m a multiple of 8, n and depth of 16, depth
-// at most 256.
-void gemm_nt_bf16(const c10::BFloat16* a, const c10::BFloat16* b, float* c, int64_t m, int64_t n, int64_t depth);
+// c[m, n] = a[m, depth] * b[n, depth]^T; a and c contiguous and 64-byte aligned, rows of b at stride_b, an even number,
+// and 4-byte aligned; m a multiple of 8, n and depth of 16, depth at most 256.
+void gemm_nt_bf16(const c10::BFloat16* a, const c10::BFloat16* b, int64_t stride_b, float* c, int64_t m, int64_t n,
+                  int64_t depth);
 
 }  // namespace tokred

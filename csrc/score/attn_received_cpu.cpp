@@ -20,7 +20,7 @@ namespace tokred {
 namespace {
 
 constexpr int64_t kMaxTileRows = 128, kMaxPanelKeys = 512;
-constexpr int64_t kDotRows = 4;               // rows that share the loads of a key without a packed panel
+constexpr int64_t kRowBlock = 4;              // rows that share the loads of a key that is not packed
 constexpr int64_t kResidentFloats = 1 << 20;  // 4 MiB of logits per thread
 constexpr int64_t kColumnFloats =
     16 << 20;  // 64 MiB of partial columns of all threads, unless one batch row needs more
@@ -28,15 +28,17 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
-// How the rows of a tile are multiplied with keys: few with each key where it lies, others with a packed panel of them.
+// How a tile is multiplied with keys: few rows by dot_rows, with each key where it lies; bfloat16 by gemm_nt_bf16,
+// where the machine can; the others by gemm_nt, widened.
 enum class Product { kDot, kBf16, kFloat };
 
-// Up to so many rows the keys are not packed: what packing costs is shared by few rows.
-int64_t few_rows(bool bf16) { return bf16 ? 4 : 16; }
+// What is few, as measured: the less, the faster the other product is and the longer it takes to widen a key, which
+// dot_rows does for each kRowBlock rows.
+int64_t few_rows(DType dtype, bool bf16) { return bf16 ? 4 : dtype == DType::kF16 ? 8 : 24; }
 
 struct Tiling {
   Product product;
-  int64_t tile_rows, num_tiles;    // rows of a tile, a multiple of 8, or of kDotRows, or 1
+  int64_t tile_rows, num_tiles;    // rows of a tile, a multiple of 8, or of kRowBlock, or 1
   int64_t panel_keys, num_panels;  // keys of a panel, a multiple of 16
   int64_t depth;                   // head_dim rounded up to 16
   int64_t num_tasks;               // per (batch, key head): each takes a run of tiles
@@ -48,8 +50,8 @@ Tiling choose_tiling(const AttnReceivedArgs& a, const AttnSequence& s) {
   Tiling t;
   const int64_t rows = a.group() * s.q_len, kv_len = s.kv_len;
   const bool bf16 = a.dtype == DType::kBF16 && has_gemm_bf16();
-  t.product = rows <= few_rows(bf16) ? Product::kDot : bf16 ? Product::kBf16 : Product::kFloat;
-  const int64_t unit = t.product != Product::kDot ? 8 : rows <= 1 ? 1 : kDotRows;
+  t.product = rows <= few_rows(a.dtype, bf16) ? Product::kDot : bf16 ? Product::kBf16 : Product::kFloat;
+  const int64_t unit = t.product != Product::kDot ? 8 : rows <= 1 ? 1 : kRowBlock;
   int64_t most_rows = kMaxTileRows;
   while (most_rows > 32 && most_rows * kv_len > kResidentFloats) most_rows /= 2;
   t.resident = !a.lse_in && std::min(most_rows, round_up(rows, unit)) * kv_len <= kResidentFloats;
@@ -323,6 +325,15 @@ class Task {
     pack(keys_, 0, 0, t_.panel_keys - present, present, s_.k.data());
   }
 
+  // Whether a panel needs no packing for gemm_nt_bf16.
+  bool whole_panel(int64_t first, int64_t present) const {
+    return present == t_.panel_keys && a_.head_dim == t_.depth && !a_.page_table &&
+           (reinterpret_cast<uintptr_t>(keys_ + a_.key_row(of_, static_cast<int>(first))) |
+            static_cast<uintptr_t>(a_.stride_k.token * 2)) %
+                   4 ==
+               0;
+  }
+
   // Where the keys of a panel lie, and the next ones, for dot_rows to fetch; keys on no page borrow another's place.
   // False if none is on a page.
   bool find_keys(int64_t first, int64_t present) {
@@ -354,13 +365,16 @@ class Task {
     const int64_t first = p * t_.panel_keys, present = std::min(t_.panel_keys, of_.kv_len - first);
     float* const out = panel(p).data;
     const bool few = t_.product == Product::kDot, readable = !few || find_keys(first, present);
-    if (!few) load_keys(first, present);
+    const bool in_place = t_.product == Product::kBf16 && whole_panel(first, present);
+    if (!few && !in_place) load_keys(first, present);
     if (last_ && p + 1 == end_panel_) fetch_next_head();
-    const auto bf16 = [](const AlignedBuffer<float>& x) { return reinterpret_cast<const c10::BFloat16*>(x.data()); };
     if (few && readable) {
-      t_.tile_rows == 1 ? dot<1>(present, out) : dot<kDotRows>(present, out);
+      t_.tile_rows == 1 ? dot<1>(present, out) : dot<kRowBlock>(present, out);
     } else if (t_.product == Product::kBf16) {
-      gemm_nt_bf16(bf16(s_.q), bf16(s_.k), out, t_.tile_rows, t_.panel_keys, t_.depth);
+      const void* k =
+          in_place ? static_cast<const void*>(keys_ + a_.key_row(of_, static_cast<int>(first))) : s_.k.data();
+      gemm_nt_bf16(reinterpret_cast<const c10::BFloat16*>(s_.q.data()), static_cast<const c10::BFloat16*>(k),
+                   in_place ? a_.stride_k.token : t_.depth, out, t_.tile_rows, t_.panel_keys, t_.depth);
     } else if (t_.product == Product::kFloat) {
       gemm_nt(s_.q.data(), s_.k.data(), out, t_.tile_rows, t_.panel_keys, t_.depth);
     }

@@ -444,6 +444,87 @@ def test_row_is_independent_of_its_batch(device, dtype, threads):
     assert_close(many[0], many[0][:1].expand(300, -1, -1), rtol=0, atol=0)  # more tasks than one slab takes
 
 
+# Rows of a key head that the CPU multiplies with keys where they lie: up to 4 of bfloat16 (with AVX-512's instruction),
+# 8 of float16, 24 others.
+@pytest.mark.parametrize("q_len", [1, 2, 3, 4, 5, 8, 9, 16, 24, 25])
+def test_few_queries(device, dtype, q_len, simt):
+    if simt and q_len not in (1, 5):
+        return
+    kv_len = 70 if simt else 600
+    q, k = make(device, dtype, 2, (2, 2), q_len, kv_len, 72)
+    sink, weight = torch.randn(2, device=device), torch.randn(2, 2, q_len, device=device)
+    bias = torch.randn(2, 1, kv_len, device=device)
+    bias[:, :, ::3] = -INF
+    for options in (
+        {},
+        {"causal": True},
+        {"causal": True, "q_start": kv_len // 2, "reduce": "max"},
+        {"window": 9, "q_start": kv_len // 3, "softcap": 3.0},
+        {"sink": sink, "softcap": 5.0},
+        {"key_bias": bias, "q_weight": weight},
+        {"key_bias": bias, "q_weight": weight, "sink": sink, "causal": True, "window": 300, "reduce": "max"},
+    ):
+        received, lse = check(q, k, **options)
+        if "sink" not in options:
+            assert_close(check(q, k, **options, lse=lse)[0], received, rtol=1e-5, atol=1e-6)
+    grouped = check(q, k[:, :1], key_bias=bias, causal=True)  # twice the rows
+    assert_close(check(q, k[:, :1].expand(-1, 2, -1, -1), key_bias=bias, causal=True), grouped, rtol=1e-5, atol=1e-6)
+    q[0, 0, q_len // 2, 3], k[1, 1, 50, 70] = NAN, INF
+    check(q, k)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 16, 31, 32, 40, 48, 63, 64, 80, 100, 256])
+def test_few_queries_of_any_depth(device, dtype, head_dim, simt):
+    for q_len in (1, 3) if simt else (1, 3, 6, 12):
+        for kv_len in (1, 7, 16, 33):
+            check(*make(device, dtype, 1, (1, 1), q_len, kv_len, head_dim))
+
+
+def test_few_queries_have_one_result(device, dtype, threads, simt):
+    """However the keys lie, whatever shares the call, on however many threads."""
+    if simt and dtype != torch.bfloat16:
+        return
+    for q_len in (1, 5) if simt else (1, 2, 5, 9, 25):
+        lens = [40, 1] if simt else [150, 40, 0, 600]
+        q, pages, table, kv_lens, dense = paged(device, dtype, 16, lens, q_len, head_dim=64)
+        table[0, 1] = -1
+        dense[0] = torch.cat([dense[0][:, :, :16], dense[0][:, :, 32:]], 2)  # without that page
+        alone = [tokred.attn_received(q[b : b + 1], k) for b, k in enumerate(dense)]
+        for received, lse in threads(lambda: tokred.attn_received(q, pages, page_table=table, kv_lens=kv_lens)):  # noqa: B023
+            for b, n in enumerate(lens):
+                if b > 0:
+                    assert_close((received[b : b + 1, :, :n], lse[b : b + 1]), alone[b], rtol=0, atol=0)
+            seen = torch.cat([received[:1, :, :16], received[:1, :, 32 : lens[0]]], 2)
+            assert_close((seen, lse[:1]), alone[0], rtol=1e-5, atol=1e-7)
+            assert (received[0, :, 16:32] == 0).all()
+        flat = torch.cat([k[0].transpose(0, 1) for k in dense])
+        cu_k = torch.tensor([0, *(k.shape[2] for k in dense)]).cumsum(0).int().to(device)
+        layout = {"cu_seqlens": q_len * torch.arange(len(lens) + 1, dtype=torch.int32, device=device)}
+        queries = q.transpose(1, 2).flatten(0, 1)
+        for result in threads(lambda: tokred.attn_received(queries, flat, cu_seqlens_k=cu_k, **layout)):  # noqa: B023
+            expected = [torch.cat([a[i][0] for a in alone], 1) for i in range(2)]
+            assert_close(result, tuple(expected), rtol=0, atol=0)
+
+
+def test_one_query_over_more_keys_than_a_tile_keeps(device, dtype, simt):
+    if simt:
+        return
+    for q_len, kv_len in ((1, 70000), (1, (1 << 20) + 5), (4, 300000)):
+        q, k = make(device, dtype, 1, (1, 1), q_len, kv_len, 8)
+        check(q, k, q_start=kv_len - 3, causal=True)
+
+
+def test_keys_are_read_where_they_lie_or_copied(device, dtype):
+    """Whole panels of keys, side by side and far apart, at even and odd addresses."""
+    for kv_len in (64, 1024):
+        q, k = make(device, dtype, 1, (2, 1), 30, kv_len, 64)
+        expected = check(q, k)
+        for width, first in ((96, 16), (66, 2), (66, 1), (65, 0), (67, 3)):
+            place = torch.full((1, 1, kv_len, width), NAN, device=device, dtype=dtype)
+            view = place[..., first : first + 64].copy_(k)
+            assert_close(tokred.attn_received(q, view), expected, rtol=0, atol=0)
+
+
 @given(st.data())
 def test_any_shape(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"

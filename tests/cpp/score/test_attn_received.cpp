@@ -206,6 +206,25 @@ TOKRED_TEST(attn_received, splits) {  // of the keys, and what joins them
   check_all({2, 2, 1, 3, 2100, 8});
   check_all({2, 2, 1, 3, 2100, 8, true, 1030});
 }
+TOKRED_TEST(attn_received, few_queries) {  // of whole rows, four at a time on the CPU; two panels
+  for (const int64_t q_len : {1, 2, 5}) {
+    for (const int64_t dim : {24, 72}) {
+      Case c{1, 4, 2, q_len, 600, dim, true, 500, false, true, false, 1};
+      check_all(c);
+      c.interleaved = c.max_reduce = c.sink = true;
+      c.softcap = 3.f;
+      check_all(c);
+      Case paged{2, 2, 2, q_len, 150, dim};
+      paged.page_size = 16;
+      paged.align_ends = paged.causal = true;
+      check_all(paged);
+    }
+  }
+}
+TOKRED_TEST(attn_received, whole_panels) {  // of keys that are multiplied without a copy, or at odd addresses
+  for (const int64_t lead : {0, 1, 2}) check_all({1, 2, 2, 30, 64, 64, false, 0, false, false, false, lead});
+  check_all({1, 2, 2, 30, 64, 64, false, 0, false, false, false, 0, true});
+}
 TOKRED_TEST(attn_received, empty) {
   check_all({2, 4, 2, 0, 9, 16});
   check_all({2, 4, 2, 5, 0, 16});
