@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""The rows of docs/scores.md: each expression against the formula on the whole attention matrix, in float64."""
+"""The rows of docs/scores.md: each expression against its formula (on the whole attention matrix), in float64."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,8 @@ class Inputs:
         self.layers = [(self.q, self.k), (randn(2, 4, tokens, 16), randn(2, 2, tokens, 16))]
         self.kept_idx = randn(2, tokens).argsort(1)[:, :kept].sort(1).values
         self.size = torch.randint(1, 5, (2, tokens)).float().to(device)
+        self.video, self.x = randn(2, 4, 9, 16), randn(2, tokens, 16)
+        self.before, self.after = randn(2, tokens, 16), randn(2, tokens, 16)
         self.keep = torch.arange(tokens, device=device) < torch.tensor([[60], [96]], device=device)
 
 
@@ -42,6 +44,10 @@ def matrix(q, k, causal=False, bias=0.0):
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     return logits.softmax(-1)
+
+
+def cosine(x, y):
+    return F.cosine_similarity(x.double(), y.double(), dim=-1)
 
 
 def merged_heads(x):
@@ -88,6 +94,13 @@ FORMULAS = {
     "padded keys": lambda x: torch.stack(
         [F.pad(matrix(x.q[b : b + 1], x.k[b : b + 1, :, :n]).sum(2)[0], (0, 96 - n)) for b, n in enumerate((60, 96))]
     ),
+    "frame and the one before": lambda x: 1 - cosine(x.video[:, 1:], x.video[:, :-1]),
+    "magnitude and direction": lambda x: (
+        x.after.double().norm(dim=-1) / x.before.double().norm(dim=-1) * (1 - cosine(x.after, x.before)).softmax(-1)
+    ),
+    "unlike the mean": lambda x: -cosine(x.x, x.x.mean(1, keepdim=True)),
+    "unlike the mean key": lambda x: -cosine(x.k, F.normalize(x.k.double(), dim=-1).mean(2, keepdim=True)),
+    "norm of a key": lambda x: -x.k.double().norm(dim=-1),
 }
 
 

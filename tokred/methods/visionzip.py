@@ -40,7 +40,8 @@ def merge_rest(
     ``kept_idx`` and ``rest_idx`` as of ``tokred.select_topk(..., complement=True)``; cosines are those of ``metric``. The
     result is ``x``, ``kept_idx``, ``dst_idx`` and ``size`` of ``Reduced``.
     """
-    (batch_size, num_rest), num_out = rest_idx.shape, kept_idx.shape[1] + contextual
+    (batch_size, num_rest), num_kept = rest_idx.shape, kept_idx.shape[1]
+    num_out = num_kept + contextual
     rest_len = (rest_idx >= 0).sum(1, keepdim=True)
     step = (rest_len // contextual).clamp(min=1)
     target = torch.arange(contextual, device=x.device) * step  # places among the rest
@@ -48,9 +49,7 @@ def merge_rest(
     unit, unit_target = (
         normalize(take_kept(metric, idx, cu_seqlens).float(), dim=-1) for idx in (rest_idx, target_idx)
     )
-    cosine = (
-        unit @ unit_target.mT
-    )  # [batch_size, num_rest, contextual]: a list of one is the nearest, of equal ones the first
+    cosine = unit @ unit_target.mT  # [batch_size, num_rest, contextual]; of equal ones the first is the nearest
     no_target = (target_idx < 0)[:, None].expand_as(cosine)
     nearest = tokred.select_topk(cosine, 1, drop_mask=no_target, return_num_kept=True)[0].squeeze(-1)
     place = torch.arange(num_rest, device=x.device)
@@ -63,9 +62,7 @@ def merge_rest(
         weight = torch.where(is_target, 1.0, 1 / count.gather(1, group.clamp(0, contextual - 1)))
     # One map for all: kept tokens have rows of their own.
     lists = torch.cat([kept_idx, rest_idx], 1)
-    rows = torch.cat(
-        [torch.arange(num_out - contextual, device=x.device).expand_as(kept_idx), group + num_out - contextual], 1
-    )
+    rows = torch.cat([torch.arange(num_kept, device=x.device).expand_as(kept_idx), num_kept + group], 1)
     weight = torch.cat([torch.ones_like(kept_idx, dtype=torch.float32), weight], 1)
     if cu_seqlens is not None:  # as one sequence
         lists = torch.where(lists < 0, lists, lists + cu_seqlens[:-1, None]).reshape(1, -1)

@@ -91,10 +91,10 @@ def _backward(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
     # 1 / |v|' and, where |v| is what counts in it, the factor of v in its own derivative.
     inv_x, inv_y = (1 / norm.clamp(min=EPS) for norm in (norm_x, norm_y))
     own_x, own_y = (torch.where(norm > EPS, inv * inv, 0) for norm, inv in ((norm_x, inv_x), (norm_y, inv_y)))
-    of_x = of_y = mixed = apart = torch.zeros_like(
-        dot
-    )  # factors of x and y in their own gradients, and of the other one
-    for name, g in zip(ctx.measures.split(","), grads):
+    # Factors of x and of y in their own gradients, of each in the other one's, and of the difference of both.
+    of_x = of_y = mixed = apart = torch.zeros_like(dot)
+    names = ctx.measures.split(",")
+    for name, g in zip(names, grads):
         if g is None:
             continue
         if name == "dot":
@@ -109,8 +109,10 @@ def _backward(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
             apart = apart + torch.where(l2 > 0, g / l2, 0)
     of_x, of_y, mixed, apart = (t[..., None] for t in (of_x, of_y, mixed, apart))
     u, v = x.float(), y.float()
-    difference = apart * (u - v)
-    return (of_x * u + mixed * v + difference).to(x.dtype), (of_y * v + mixed * u - difference).to(y.dtype), None
+    difference = apart * (u - v) if "l2" in names else 0
+    grad_x = (of_x * u + mixed * v + difference).to(x.dtype) if ctx.needs_input_grad[0] else None
+    grad_y = (of_y * v + mixed * u - difference).to(y.dtype) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_y, None
 
 
 torch.library.register_autograd("tokred::row_similarity", _backward, setup_context=_setup)
