@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tokred import _op
+from tokred import _op, _ragged
 
 Mode = Literal["mean", "sum", "max"]
 
@@ -125,20 +125,14 @@ def _packed(
     """Merge packed sequences as one long one, in which each has rows of its own: an output row only sees its members."""
     if src_idx is not None:
         raise RuntimeError("segment_merge: expected src_idx=None with cu_seqlens, got a tensor")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-        raise RuntimeError(
-            "segment_merge: expected cu_seqlens int32 of shape [batch_size + 1], "
-            f"got {str(cu_seqlens.dtype).removeprefix('torch.')} {list(cu_seqlens.shape)}"
-        )
     if x.dim() != 2 or dst_idx.shape != x.shape[:1]:
         raise RuntimeError(
             "segment_merge: expected x of shape [total_tokens, dim] and dst_idx of shape [total_tokens] with cu_seqlens, "
             f"got {list(x.shape)} and {list(dst_idx.shape)}"
         )
     batch_size = cu_seqlens.shape[0] - 1
-    token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    kept = (dst_idx >= 0) & (dst_idx < num_out) & (sequence < batch_size) & (token >= cu_seqlens[:1])
+    sequence, inside = _ragged.sequence_of("segment_merge", cu_seqlens, x.shape[0])
+    kept = inside & (dst_idx >= 0) & (dst_idx < num_out)
     row = torch.where(kept, dst_idx + sequence * num_out, -1)
 
     def long(t: Tensor) -> Tensor:
