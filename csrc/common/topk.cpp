@@ -2,8 +2,9 @@
 // Copyright (c) 2026 The tokred authors
 // A row is read by vector loops and never sorted. Long rows are first cut down: a strided sample gives a pivot below
 // which nothing can matter (checked by counting, with the whole row as fallback), and one pass over the scores writes
-// its survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time, two
-// bits a pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
+// its survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time:
+// first pivots out of a sample, between two of which few keys remain, then two bits a pass. A last pass writes the
+// positions, already in order.
 #include "common/topk.h"
 
 #include <algorithm>
@@ -29,17 +30,6 @@ TOKRED_CLONES void plain_keys(const T* score, int64_t stride, int64_t n, int32_t
   } else {
     for (int64_t i = 0; i < n; ++i) keys[i] = signed_key(score_key(static_cast<float>(score[i * stride])));
   }
-}
-
-TOKRED_CLONES int64_t count_at_least(const int32_t* keys, int64_t n, int32_t bound) {
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counters inside, wide enough for one piece
-    const int64_t end = n < begin + (1 << 20) ? n : begin + (1 << 20);
-    int32_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += keys[i] >= bound;
-    total += count;
-  }
-  return total;
 }
 
 TOKRED_CLONES void key_range(const int32_t* keys, int64_t n, int32_t* lowest, int32_t* highest) {
@@ -75,6 +65,7 @@ __attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const int32_t* 
                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   const __m512i step = _mm512_set1_epi32(16);
   int64_t count = 0, i = 0;
+#pragma GCC unroll 4
   for (; i + 16 <= n; i += 16, position = _mm512_add_epi32(position, step)) {
     const __m512i key = _mm512_loadu_si512(keys + i);
     const __mmask16 take = _mm512_cmpge_epi32_mask(key, limit);
@@ -143,7 +134,7 @@ const Reaching reaching = [] {
 }();
 
 // How many of keys[0, n), n < 2^31, reach each of three pivots.
-TOKRED_CLONES void count_three(const int32_t* keys, int64_t n, const int32_t* pivot, int64_t* count) {
+TOKRED_CLONES void count_three_portable(const int32_t* keys, int64_t n, const int32_t* pivot, int64_t* count) {
   const int32_t p0 = pivot[0], p1 = pivot[1], p2 = pivot[2];
   int32_t c0 = 0, c1 = 0, c2 = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -156,32 +147,147 @@ TOKRED_CLONES void count_three(const int32_t* keys, int64_t n, const int32_t* pi
   count[2] = c2;
 }
 
-// A bound that at least k keys reach, and none above it that many do; or one that exactly k reach. 1 <= k <= n.
-int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k) {
-  int32_t low, high;
-  key_range(keys, n, &low, &high);
-  int64_t lo = low, hi = int64_t{high} + 1;  // at least k keys are >= lo; fewer than k are >= hi
-  while (hi - lo > 1) {
-    const int64_t step = (hi - lo + 3) / 4;
-    int32_t pivot[3];
-    int64_t place[3], count[3];
-    for (int p = 0; p < 3; ++p) {
-      place[p] = lo + (p + 1) * step < hi ? lo + (p + 1) * step : hi - 1;
-      pivot[p] = static_cast<int32_t>(place[p]);
-    }
-    count_three(keys, n, pivot, count);
-    int64_t reached = 0;
-    for (int p = 2; p >= 0 && reached == 0; --p) {
-      if (count[p] >= k) {
-        lo = place[p];
-        reached = count[p];
-      } else {
-        hi = place[p];
-      }
-    }
-    if (reached == k) break;  // selects exactly the k wanted, as the k-th key itself would
+// Writes the keys in [low, high), in order; inside may be keys, else it needs 16 elements of slack. Returns how many.
+int64_t between_portable(const int32_t* keys, int64_t n, int64_t low, int64_t high, int32_t* inside) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = keys[i];
+    inside[count] = key;
+    count += key >= low && key < high;
   }
-  return static_cast<int32_t>(lo);
+  return count;
+}
+
+#ifdef TOKRED_HAS_AVX512_PATH
+// Of sixteen lanes from i on those before n: keys may be read 15 elements beyond their end.
+TOKRED_INLINE uint16_t lanes_before(int64_t n, int64_t i) {
+  return static_cast<uint16_t>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+}
+
+__attribute__((target("avx512f,popcnt"))) void count_three_avx512(const int32_t* keys, int64_t n, const int32_t* pivot,
+                                                                  int64_t* count) {
+  const __m512i p0 = _mm512_set1_epi32(pivot[0]), p1 = _mm512_set1_epi32(pivot[1]), p2 = _mm512_set1_epi32(pivot[2]);
+  int64_t c0 = 0, c1 = 0, c2 = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = lanes_before(n, i);
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    c0 += __builtin_popcount(_mm512_mask_cmpge_epi32_mask(lanes, key, p0));
+    c1 += __builtin_popcount(_mm512_mask_cmpge_epi32_mask(lanes, key, p1));
+    c2 += __builtin_popcount(_mm512_mask_cmpge_epi32_mask(lanes, key, p2));
+  }
+  count[0] = c0;
+  count[1] = c1;
+  count[2] = c2;
+}
+
+__attribute__((target("avx512f,popcnt"))) int64_t between_avx512(const int32_t* keys, int64_t n, int64_t low,
+                                                                 int64_t high, int32_t* inside) {
+  const __m512i first = _mm512_set1_epi32(static_cast<int32_t>(low));
+  const __m512i last = _mm512_set1_epi32(static_cast<int32_t>(high - 1));
+  int64_t count = 0;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    const __mmask16 reach = _mm512_mask_cmpge_epi32_mask(lanes_before(n, i), key, first);
+    const __mmask16 take = _mm512_mask_cmple_epi32_mask(reach, key, last);
+    _mm512_storeu_si512(inside + count, _mm512_maskz_compress_epi32(take, key));
+    count += __builtin_popcount(take);
+  }
+  return count;
+}
+#endif
+
+using CountThree = void (*)(const int32_t*, int64_t, const int32_t*, int64_t*);
+const CountThree count_three = [] {
+#ifdef TOKRED_HAS_AVX512_PATH
+  if (__builtin_cpu_supports("avx512f")) return &count_three_avx512;
+#endif
+  return &count_three_portable;
+}();
+using Between = int64_t (*)(const int32_t*, int64_t, int64_t, int64_t, int32_t*);
+const Between between = [] {
+#ifdef TOKRED_HAS_AVX512_PATH
+  if (__builtin_cpu_supports("avx512f")) return &between_avx512;
+#endif
+  return &between_portable;
+}();
+
+// Three ascending pivots about where the k-th largest key is likely to be, by its place in a sample.
+TOKRED_CLONES void guess_pivots(const int32_t* keys, int64_t n, int64_t k, int32_t* pivot) {
+  // The lowest bits make way for a number, so that all differ. Places move within strides, as in guess_pivot.
+  constexpr int kGuessed = 16, kLast = kGuessed - 1;
+  int32_t sample[kGuessed], rank[kGuessed] = {};
+  const uint64_t stride = static_cast<uint64_t>(n) / kGuessed;
+  for (uint32_t i = 0; i < kGuessed; ++i) {
+    sample[i] = (keys[i * stride + (i * 2654435769u * stride >> 32)] & ~kLast) | static_cast<int32_t>(i);
+  }
+  for (int j = 0; j < kGuessed; ++j) {
+    for (int i = 0; i < kGuessed; ++i) rank[i] += sample[j] > sample[i];
+  }
+  constexpr int kMargin = 3;  // at least one and a half deviations of the k-th key's rank in the sample
+  const int expected = static_cast<int>(k * kGuessed / n);
+  const int wanted[] = {expected + kMargin < kLast ? expected + kMargin : kLast, expected < kLast ? expected : kLast,
+                        expected > kMargin ? expected - kMargin : 0};
+  for (int p = 0; p < 3; ++p) {
+    int32_t found = 0;
+    for (int i = 0; i < kGuessed; ++i) found |= rank[i] == wanted[p] ? sample[i] : 0;
+    pivot[p] = found & ~kLast;
+  }
+}
+
+// A bound that count >= k keys reach, and none above it that k do; or one that exactly k reach.
+struct Cut {
+  int32_t bound;
+  int64_t count;
+};
+
+// 1 <= k <= n; spare has room for n keys and 16 more.
+Cut kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare) {
+  int64_t lo = INT32_MIN, hi = int64_t{INT32_MAX} + 1;  // at least k keys are >= lo, fewer than k are >= hi:
+  int64_t reach_lo = n, reach_hi = 0;                   // so many
+  const auto narrow = [&](const int32_t* pivot) {
+    int64_t count[3];
+    count_three(keys, n, pivot, count);
+    for (int p = 2; p >= 0; --p) {
+      if (count[p] >= k) {
+        lo = pivot[p];
+        reach_lo = count[p];
+        break;
+      }
+      hi = pivot[p];
+      reach_hi = count[p];
+    }
+  };
+  int32_t pivot[3];
+  int64_t larger = 0;            // keys that are not looked at any more
+  constexpr int64_t kFew = 208;  // keys that are searched without a guess
+  while (n > kFew && reach_lo > k) {
+    guess_pivots(keys, n, k, pivot);
+    narrow(pivot);
+    const int64_t inside = reach_lo - reach_hi;
+    if (inside > n / 2) break;  // ties
+    between(keys, n, lo, hi, spare);
+    keys = spare;
+    larger += reach_hi;
+    k -= reach_hi;
+    n = reach_lo = inside;
+    reach_hi = 0;
+  }
+  if (reach_lo > k) {
+    int32_t low, high;
+    key_range(keys, n, &low, &high);
+    lo = lo > low ? lo : low;
+    hi = hi <= high ? hi : int64_t{high} + 1;
+  }
+  while (reach_lo > k && hi - lo > 1) {
+    const int64_t step = (hi - lo + 3) / 4;
+    for (int p = 0; p < 3; ++p) {
+      const int64_t place = lo + (p + 1) * step;
+      pivot[p] = static_cast<int32_t>(place < hi ? place : hi - 1);
+    }
+    narrow(pivot);
+  }
+  return {static_cast<int32_t>(lo), larger + reach_lo};
 }
 
 constexpr int64_t kSample = 512;  // keys looked at to guess a pivot
@@ -201,7 +307,8 @@ int32_t guess_pivot(const TopkRow<T>& row, int64_t k) {
   const int64_t expected = k * kSample / row.num_tokens;
   int64_t rank = expected + 2;
   while (rank < kSample && (rank - expected) * (rank - expected) < 12 * (expected + 1)) ++rank;
-  return rank >= kSample ? kExcluded : kth_largest(sample, kSample, rank);
+  int32_t spare[kSample + 16];
+  return rank >= kSample ? kExcluded : kth_largest(sample, kSample, rank, spare).bound;
 }
 
 // Keys and positions of the tokens that reach pivot, the key of a number.
@@ -230,33 +337,31 @@ int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
   return count;
 }
 
-// Ranks changed by what is forced and excluded; returns how many tokens are eligible.
-template <typename T>
-int64_t apply_masks(const TopkRow<T>& row, int64_t k, int32_t* keys) {
-  const int32_t n = row.num_tokens;
-  int64_t forced = 0, excluded = 0;
+// Ranks changed by what is forced and excluded; returns how many tokens are eligible. Selects, not branches: masks are
+// not to be predicted.
+TOKRED_CLONES int64_t apply_masks(const uint8_t* keep, const uint8_t* drop, int32_t keep_before, int32_t keep_from,
+                                  int32_t n, int64_t k, int32_t* keys) {
+  int32_t forced = 0, excluded = 0;
   for (int32_t i = 0; i < n; ++i) {
-    const bool out = row.drop && row.drop[i];
+    const int32_t out = drop ? drop[i] != 0 : 0, in = keep ? keep[i] != 0 : 0;
     excluded += out;
-    forced += !out && row.forced(i);
+    forced += ((i < keep_before) | (i >= keep_from) | in) & (out ^ 1);
   }
   const bool crowded = forced > k;  // then only the forced compete, by their scores
   for (int32_t i = 0; i < n; ++i) {
-    const bool force = row.forced(i);
-    if ((row.drop && row.drop[i]) || (crowded && !force)) {
-      keys[i] = kExcluded;
-    } else if (force && !crowded) {
-      keys[i] = signed_key(kKeyForced);
-    }
+    const int32_t out = drop ? drop[i] != 0 : 0, in = keep ? keep[i] != 0 : 0;
+    const bool force = (i < keep_before) | (i >= keep_from) | in;
+    const int32_t key = force && !crowded ? signed_key(kKeyForced) : keys[i];
+    keys[i] = (out | (crowded & !force)) ? kExcluded : key;
   }
   return crowded ? forced : n - excluded;
 }
 
 // Writes the places in keys[0, n) of the k largest, ascending; at least k keys are eligible.
-void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* out) {
-  const int32_t bound = kth_largest(keys, n, k);
-  int64_t surplus = count_at_least(keys, n, bound) - k;  // ties of the bound beyond k: the last ones leave
-  int64_t tied = n;                                      // tokens from here on need a key above the bound
+void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare, int32_t* out) {
+  const auto [bound, reached] = kth_largest(keys, n, k, spare);
+  int64_t surplus = reached - k;  // ties of the bound beyond k: the last ones leave
+  int64_t tied = n;               // tokens from here on need a key above the bound
   while (surplus > 0) surplus -= keys[--tied] == bound;
   const int64_t count = compact(keys, tied, bound, 0, out, nullptr);
   if (tied < n && bound < INT32_MAX) {
@@ -320,16 +425,17 @@ int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScrat
     if (pivot > signed_key(kKeyNaN)) {
       const int64_t count = survivors(row, pivot, scratch);
       if (count >= k) {  // else the guess was too high: use the whole row
-        take_largest(scratch.keys.data(), count, k, out);
+        take_largest(scratch.keys.data(), count, k, scratch.spare.data(), out);
         for (int64_t i = 0; i < k; ++i) out[i] = scratch.positions[out[i]];
         return k;
       }
     }
   }
-  plain_keys(row.score, row.stride, n, scratch.keys.data());
-  const int64_t eligible = masked ? apply_masks(row, k, scratch.keys.data()) : n;
+  int32_t* keys = scratch.keys.data();
+  plain_keys(row.score, row.stride, n, keys);
+  const int64_t eligible = masked ? apply_masks(row.keep, row.drop, row.keep_before, row.keep_from, n, k, keys) : n;
   k = k < eligible ? k : eligible;
-  if (k > 0) take_largest(scratch.keys.data(), n, k, out);
+  if (k > 0) take_largest(keys, n, k, scratch.spare.data(), out);
   return k;
 }
 

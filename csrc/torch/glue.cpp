@@ -204,7 +204,19 @@ void ask_for_huge_pages(const Tensor& x) {
 }  // namespace
 
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor x = torch::stable::new_empty(like, shape, dtype);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  // Not by torch::stable::new_empty: it looks the operator up by its name, which takes longer than the allocation.
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 1 ? shape[i] : 1);
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), to<int32_t>(from(dtype)), device_type,
+                                                         device_index, &handle));
+  Tensor x(handle);
   ask_for_huge_pages(x);
   return x;
 }
