@@ -14,7 +14,7 @@ METHOD = Method(
     stage="prefill, KV",
     basis="paper",
     deviations=(
-        "Pooling, and one list per kv head from the mean of its query heads, are taken over from SnapKV: a summary of the paper "
+        "Pooling, and one list per kv head from the mean of its query heads, are those of SnapKV: a summary of the paper "
         "does not say, and no code was found.",
         "Batches of prompts of equal length; ties go to the lowest index.",
     ),
