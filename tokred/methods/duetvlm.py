@@ -10,7 +10,7 @@ from tokred.methods.visionzip import merge_rest
 
 METHOD = Method(
     name="duetvlm",
-    paper="DUET-VLM: Dual-Stage Unified Efficient Token Reduction for VLM Training and Inference",
+    paper="DUET-VLM: Dual stage Unified Efficient Token reduction for VLM Training and Inference",
     stage="encoder, projector, training",
     basis="authors' code",
     deviations=(
