@@ -18,10 +18,10 @@ struct PanelView {
   int64_t rows, first_key;
   const KeySpan* sees;
 };
-struct Span {  // columns [begin, end) of a panel
+struct ColumnSpan {  // columns [begin, end) of a panel
   int64_t begin, end;
 };
-TOKRED_INLINE Span seen_in(const PanelView& p, int64_t r) {
+TOKRED_INLINE ColumnSpan seen_in(const PanelView& p, int64_t r) {
   const int64_t begin = p.sees[r].begin - p.first_key, end = p.sees[r].end - p.first_key;
   return {begin < 0 ? 0 : begin, end < p.keys ? end : p.keys};
 }
@@ -36,7 +36,7 @@ TOKRED_INLINE void load_tail(const float* row, int64_t count, float (&tail)[kLan
 inline TOKRED_CLONES void adjust(const PanelView& panel, float scale, float cap, const float* bias) {
   const float over_cap = scale / cap;
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
+    const ColumnSpan seen = seen_in(panel, r);
     float* row = panel.data + r * panel.keys;
     if (cap > 0) {
       for (int64_t c = seen.begin; c < seen.end; ++c) row[c] = cap * poly_tanh(row[c] * over_cap);
@@ -52,7 +52,7 @@ inline TOKRED_CLONES void adjust(const PanelView& panel, float scale, float cap,
 // Raises offset to the maximum of each row times scale; NaN is ignored here and met again in the sum.
 inline TOKRED_CLONES void raise_offsets(const PanelView& panel, float scale, float* offset) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
+    const ColumnSpan seen = seen_in(panel, r);
     if (seen.begin >= seen.end) continue;
     const float* row = panel.data + r * panel.keys + seen.begin;
     const int64_t count = seen.end - seen.begin;
@@ -82,7 +82,7 @@ inline TOKRED_CLONES void change_offset(const float* from, const float* to, int6
 // Products of keys seen become 2^(scale * product - offset); their sum is added to sum.
 inline TOKRED_CLONES void exponentiate(const PanelView& panel, float scale, const float* offset, float* sum) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
+    const ColumnSpan seen = seen_in(panel, r);
     if (seen.begin >= seen.end) continue;
     float* row = panel.data + r * panel.keys + seen.begin;
     const int64_t count = seen.end - seen.begin;
@@ -116,7 +116,7 @@ template <bool kMax, bool kExp>
 TOKRED_CLONES void add_columns(const PanelView& panel, int64_t first_row, int64_t last_row, float scale,
                                const float* offset, const float* factor, float* __restrict columns) {
   for (int64_t r = first_row; r < last_row; ++r) {
-    const Span seen = seen_in(panel, r);
+    const ColumnSpan seen = seen_in(panel, r);
     const float* __restrict row = panel.data + r * panel.keys;
     const float f = factor[r], minus = offset[r];
     for (int64_t c = seen.begin; c < seen.end; ++c) {
