@@ -469,7 +469,7 @@ def test_few_queries(device, dtype, q_len, simt):
             assert_close(check(q, k, **options, lse=lse)[0], received, rtol=1e-5, atol=1e-6)
     grouped = check(q, k[:, :1], key_bias=bias, causal=True)  # twice the rows
     assert_close(check(q, k[:, :1].expand(-1, 2, -1, -1), key_bias=bias, causal=True), grouped, rtol=1e-5, atol=1e-6)
-    q[0, 0, q_len // 2, 3], k[1, 1, 50, 70] = NAN, INF
+    q[0, 0, q_len // 2, 3] = k[1, 1, 50, 70] = NAN
     check(q, k)
 
 
@@ -514,9 +514,11 @@ def test_one_query_over_more_keys_than_a_tile_keeps(device, dtype, simt):
         check(q, k, q_start=kv_len - 3, causal=True)
 
 
-def test_keys_are_read_where_they_lie_or_copied(device, dtype):
+def test_keys_are_read_where_they_lie_or_copied(device, dtype, simt):
     """Whole panels of keys, side by side and far apart, at even and odd addresses."""
-    for kv_len in (64, 1024):
+    if simt and dtype != torch.bfloat16:
+        return
+    for kv_len in (64,) if simt else (64, 1024):
         q, k = make(device, dtype, 1, (2, 1), 30, kv_len, 64)
         expected = check(q, k)
         for width, first in ((96, 16), (66, 2), (66, 1), (65, 0), (67, 3)):
