@@ -25,7 +25,9 @@ __device__ inline PairPlace pair_place(const PairInputs& in, int num_shares) {
   }
   const auto before = [&](int b) { return int64_t{in.cu_x[b] / kPairBlockX + b}; };
   const int b = min(warp_search(static_cast<int>(in.batch_size), index, before), static_cast<int>(in.batch_size) - 1);
-  return {pair_sequence(in, b), (index - before(b)) * kPairBlockX, share};
+  const PairSequence s = pair_sequence(in, b);
+  const int64_t block = index - before(b);
+  return {s, block < 0 ? s.num_x : block * kPairBlockX, share};  // below 0: cu_x does not grow
 }
 
 // What folds know of their block, in shared memory: registers are for the products.

@@ -9,8 +9,8 @@ namespace tokred {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kBlockBytes = 2 << 20;  // a panel meets its rows at 1 flop per byte of them or more, from any cache
-constexpr int64_t kTasks = 16;            // enough for the threads of a CPU that are worth having here
+constexpr int64_t kBlockBytes = 2 << 20;  // of x: each float read, from L2 or L3, enters 16 or 32 products
+constexpr int64_t kTasks = 16;            // so many are enough, blocks or shares of y
 constexpr int64_t kShareRows = 512;
 
 int64_t padded_depth(const PairInputs& in) {

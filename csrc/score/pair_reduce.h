@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 #pragma once
+#include <cmath>
+
 #include "common/pair.h"
 
 namespace tokred {

@@ -96,8 +96,10 @@ def draw(device, dtype, *shape):
     ("num_x", "num_y"), [(1, 1), (5, 16), (6, 17), (31, 33), (65, 128), (64, 129), (1, 300), (130, 40), (200, 577)]
 )
 def test_sizes(device, dtype, num_x, num_y, simt):
-    if simt and num_x * num_y > 10000 and dtype == torch.float16:
-        return
+    if simt and num_x * num_y > 10000:
+        if dtype != torch.bfloat16:
+            return
+        num_x = 70
     x, y = draw(device, dtype, 2, num_x, 24), draw(device, dtype, 2, num_y, 24)
     for k in {1, min(7, num_y), min(32, num_y)}:
         for metric in METRICS[:1] if simt and k > 1 else METRICS:
@@ -317,8 +319,8 @@ def test_empty(device):
 
 
 def test_bad_cu_seqlens_read_nothing_out_of_bounds(device):
-    x, y = torch.randn(20, 4, device=device), torch.randn(30, 4, device=device)
-    for ends in ([0, 25, 90], [-5, 10, 20], [0, 15, 3]):
+    x, y = torch.randn(330, 4, device=device), torch.randn(320, 4, device=device)
+    for ends in ([0, 250, 900], [-500, 100, 330], [0, 300, 100]):
         cu = torch.tensor(ends, dtype=torch.int32, device=device)
         tokred.pair_topk(x, y, 3, cu_seqlens_x=cu, cu_seqlens_y=cu)
 

@@ -63,9 +63,10 @@ def pair_topk(
     on CUDA) and differ between devices by rounding, about 1e-6 of ``|x| |y|``, or of ``|x|^2 + |y|^2`` with ``"l2"``, which
     is never positive; ``idx`` always equals the selection from the same similarities. Inputs are finite with squared
     norms below 3e38. Deterministic: the same bits for any number of threads and whatever else is in the batch.
-    Beside the outputs, the CPU takes tiles of about 4 MiB per thread; where ``x`` is short and ``y`` is shared out, lists of
-    the shares take up to 16 MB on the CPU and 9 MB on CUDA. On CUDA, ``y`` passes once for every 32 of ``k``. Shapes depend on shapes and ``k`` alone. Not differentiable (``x`` and
-    ``y`` may require grad); no autocast rule: they are taken as they come.
+    Beside the outputs, the CPU takes tiles of about 4 MiB per thread; where ``x`` is short and ``y`` is shared out, lists
+    of the shares take up to 16 MB on the CPU and 9 MB on CUDA. On CUDA, ``y`` passes once for every 32 of ``k``. Shapes
+    depend on shapes and ``k`` alone. Not differentiable (``x`` and ``y`` may require grad); no autocast rule: they are
+    taken as they come.
 
     VisionZip's and HiPrune's assignment to targets, PruMerge's neighbours of centres, PiToMe's pairs, nearest codes,
     LatentLens, TokenAdapt, retrieval over a bank.
