@@ -179,10 +179,8 @@ struct Problem {
         sum += exp2f((least - static_cast<float>(from[c])) * scale);
       }
       sum = warp_sum(sum);
-      const float mass = row_mass(row);
-      // Without mass, or without a finite cost: no entry. A NaN makes f NaN, too.
-      const bool none = mass == 0.f || least == INFINITY;
-      if (lane_index() == 0) f[row] = none ? -INFINITY : least + a.eps * logf(mass / sum);
+      // Of a row without mass -inf, too, by its logarithm: no entry.
+      if (lane_index() == 0) f[row] = least == INFINITY ? -INFINITY : least + a.eps * logf(row_mass(row) / sum);
       __syncwarp();  // f of this warp's rows is there for its lanes
     }
     for (int base = 0; base < num_cols; base += kColumns) {
@@ -191,7 +189,6 @@ struct Problem {
       for (int c = 0; c < kPerLane; ++c) least[c] = INFINITY;
       for (int row = warp_index(); row < num_rows; row += kWarps) {
         const float shift = f[row];
-        if (shift == -INFINITY) continue;  // the whole warp
 #pragma unroll
         for (int c = 0; c < kPerLane; ++c) {
           const int column = base + lane_index() + c * kWarpSize;

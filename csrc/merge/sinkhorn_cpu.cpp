@@ -166,9 +166,8 @@ void first_round(const SinkhornArgs& a, const T* cost, const Problem& p) {
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const T* row = cost + i * a.stride_row;
     const float least = row_min(row, p.num_cols);
-    // Without mass, or without a finite cost: no entry. A NaN makes f NaN, too.
-    p.f[i] = -kInf;
-    if (p.row_mass[i] == 0.f || least == kInf) continue;
+    p.f[i] = -kInf;  // of a row without mass, too, by its logarithm: no entry
+    if (least == kInf) continue;
     p.f[i] = least + a.eps * std::log(p.row_mass[i] / row_exp_sum(row, p.num_cols, least, a.exp2_scale()));
     take_reduced_cost(row, p.num_cols, p.f[i], p.g);
   }
