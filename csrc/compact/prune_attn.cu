@@ -79,16 +79,12 @@ __device__ inline float score_of_token(const PruneAttnArgs& a, const RowLogits& 
   return key < keys.len ? score_of(a, logits, normalizer, batch_idx, keys, key) : 0.f;
 }
 
-// In shared memory behind the struct of a kernel.
+// In shared memory behind the struct of a kernel: prune_attn_words(...).
 struct RowMemory {
   Normalizer* normalizer;  // [num_q_heads]
   float* score;            // [max_seqlen]
   int* kept;               // [k]
   float* logits;           // [num_q_heads, kv_len], where one launch does all
-  __host__ __device__ static size_t bytes(const PruneAttnArgs& a, bool logits) {
-    const int64_t words = 2 * a.qk.num_q_heads + a.prune.rows.max_seqlen + a.prune.rows.k;
-    return static_cast<size_t>(words + (logits ? a.qk.num_q_heads * a.qk.kv_len : 0)) * 4;
-  }
   __device__ RowMemory(const PruneAttnArgs& a, unsigned char* tail)
       : normalizer(reinterpret_cast<Normalizer*>(tail)),
         score(reinterpret_cast<float*>(normalizer + a.qk.num_q_heads)),
@@ -227,8 +223,10 @@ int launch_one(const PruneAttnArgs& a, CUstream_st* stream) {
     using T = typename decltype(tag)::type;
     (void)dispatch_int<64, 128, 256>(choose_qk_policy(a.qk).tile_dim, [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
-      error = launch(prune_attn_one_launch_kernel<T, kDim>, blocks(a.prune.rows.num_rows), dim3(kPruneAttnThreads),
-                     shared_bytes_with_tail<OneLaunchStorage<T, kDim>>(RowMemory::bytes(a, true)), stream, a, wide);
+      error =
+          launch(prune_attn_one_launch_kernel<T, kDim>, blocks(a.prune.rows.num_rows), dim3(kPruneAttnThreads),
+                 shared_bytes_with_tail<OneLaunchStorage<T, kDim>>(4 * static_cast<size_t>(prune_attn_words(a, true))),
+                 stream, a, wide);
     });
   });
   return error;
@@ -240,9 +238,9 @@ int launch_select(const PruneAttnArgs& a, CUstream_st* stream) {
   const int splits = static_cast<int>(prune_attn_splits(a));
   int error = cudaErrorInvalidValue;
   (void)dispatch_int<1, 2, 4>(policy.items, [&](auto items) {
-    error =
-        launch(prune_attn_select_kernel<decltype(items)::value>, blocks(rows.num_rows * splits), dim3(policy.threads),
-               shared_bytes_with_tail<PruneStorage>(RowMemory::bytes(a, false)), stream, a, splits);
+    error = launch(
+        prune_attn_select_kernel<decltype(items)::value>, blocks(rows.num_rows * splits), dim3(policy.threads),
+        shared_bytes_with_tail<PruneStorage>(4 * static_cast<size_t>(prune_attn_words(a, false))), stream, a, splits);
   });
   return error;
 }

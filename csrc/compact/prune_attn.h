@@ -46,14 +46,22 @@ struct PruneAttnPolicy {
   bool in_block;    // else: the block that selects makes the scores, too; else a launch each for sums and scores
 };
 
+// Words of shared memory, beside what the selection and staged queries take: normalizers, scores, a list; and logits.
+constexpr int64_t prune_attn_words(const PruneAttnArgs& a, bool logits) {
+  return 2 * a.qk.num_q_heads + a.prune.rows.max_seqlen + a.prune.rows.k +
+         (logits ? a.qk.num_q_heads * a.qk.kv_len : 0);
+}
+
 constexpr PruneAttnPolicy choose_policy(const PruneAttnArgs& a) {
   const TopkRows& rows = a.prune.rows;
-  const bool in_block = choose_policy(rows.max_seqlen, rows.k).fused && a.qk.kv_len <= 4096;
+  constexpr int64_t kMaxWords = 60 * 1024 / 4;  // staged queries take up to 36 KiB of the 99 that every GPU has
+  const bool in_block = choose_policy(rows.max_seqlen, rows.k).fused && a.qk.kv_len <= 4096 &&
+                        prune_attn_words(a, /*logits=*/false) <= kMaxWords;
   // One block reads a row's keys at a fraction of what the GPU does: it pays where rows are enough to fill half of a
   // large one, or so short that a second launch would take longer.
   const int64_t key_bytes = a.qk.num_kv_heads * a.qk.kv_len * a.qk.k.dim * element_size(a.qk.dtype);
-  const bool fits = rows.max_seqlen <= kPruneAttnThreads * kPruneAttnItems &&
-                    a.qk.num_q_heads * a.qk.kv_len * static_cast<int64_t>(sizeof(float)) <= 96 * 1024;
+  const bool fits =
+      rows.max_seqlen <= kPruneAttnThreads * kPruneAttnItems && prune_attn_words(a, /*logits=*/true) <= kMaxWords;
   return {in_block && fits && (rows.num_rows >= 66 || key_bytes <= 256 * 1024), in_block};
 }
 

@@ -100,6 +100,13 @@ def test_one_launch_and_two(device):
     assert_close([out[65:] for out in whole], [alone[0], alone[1], alone[3]], rtol=0, atol=0)
 
 
+def test_as_much_as_a_block_holds(device):
+    """Of shared memory: logits of all heads, and the staged queries of the deepest heads beside them."""
+    check(*inputs(device, 2047, batch=1, heads=(5, 1), head_dim=8), 600)
+    check(*inputs(device, 320, batch=1, heads=(42, 1), head_dim=200), 100)
+    check(*inputs(device, 3, batch=1, heads=(8000, 1), head_dim=2), 2)  # more heads than it holds
+
+
 def test_several_blocks_copy(device):
     x, q, k = inputs(device, 577, torch.bfloat16, batch=1, heads=(16, 16), head_dim=64, dim=400)
     check(x, q, k, 144)
