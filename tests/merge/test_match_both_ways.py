@@ -45,11 +45,13 @@ def test_equals_the_formula(device, num_tokens, r, second_r, num_protected):
     protect[:, -3:] = False
     options = {"num_protected": num_protected, "weight": weight.to(device), "offset": 1.0, "normalize": False}
     for mask in (None, protect) if num_tokens > 30 else (None,):
-        dst_idx, score = tokred.match_both_ways(
+        dst_idx, stays, score = tokred.match_both_ways(
             metric.to(device), r, second_r, protect=None if mask is None else mask.to(device), **options
         )
         none = torch.zeros_like(protect) if mask is None else mask
         for b in range(3):
+            assert stays[b].sum() == num_tokens - r - second_r
+            assert dst_idx[b][stays[b]].tolist() == list(range(num_tokens - r - second_r))
             assert dst_idx[b].tolist() == formula(metric[b], r, second_r, num_protected, none[b], weight[b])
         assert (score[:, :num_protected] == -torch.inf).all() and not score.isnan().any()
 
@@ -57,16 +59,16 @@ def test_equals_the_formula(device, num_tokens, r, second_r, num_protected):
 def test_chains(device):
     """Token 1 receives token 2 and goes on to token 0."""
     metric = torch.tensor([[[1.0, 0.0], [0.95, 0.31], [0.9, 0.44], [0.0, -1.0], [-1.0, 0.0]]], device=device)
-    dst_idx, _ = tokred.match_both_ways(metric, 1, 1)
+    dst_idx = tokred.match_both_ways(metric, 1, 1)[0]
     assert dst_idx.tolist() == [[0, 0, 0, 1, 2]]
 
 
 def test_sizes_and_compiled(device):
     metric = torch.randn(2, 61, 8, device=device)
-    dst_idx, score = tokred.match_both_ways(metric, 9, 11, num_protected=1)
-    assert all(row.unique().numel() == 41 for row in dst_idx)
+    out = tokred.match_both_ways(metric, 9, 11, num_protected=1)
+    assert all(row.unique().numel() == 41 for row in out[0])
     torch._dynamo.reset()
     compiled = torch.compile(tokred.match_both_ways, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(metric, 9, 11, num_protected=1), (dst_idx, score), rtol=0, atol=0)
+    assert_close(compiled(metric, 9, 11, num_protected=1), out, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"expected r in \[0, 31\]"):
         tokred.match_both_ways(metric, 32, 0)

@@ -17,7 +17,7 @@ def _merged(dst_idx: Tensor, match_idx: Tensor) -> Tensor:
 
 def match_both_ways(
     metric: Tensor, r: int, second_r: int, *, num_protected: int = 0, protect: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` even tokens into odd ones, then ``second_r`` odd tokens into even ones that have not merged.
 
     Both matchings are made from the same similarities, of the tokens as they came. An odd token that has received others
@@ -32,9 +32,9 @@ def match_both_ways(
         options: ``weight``, ``offset``, ``group``, ``normalize`` and ``eps`` of ``bipartite_match``.
 
     Returns:
-        ``(dst_idx, score)``: ``[batch_size, num_tokens]`` int64, the output row of each token, ``num_tokens - r - second_r``
-        rows in their original order; and float32, the score of each token in the direction in which it may merge, -inf
-        where it may not.
+        ``(dst_idx, stays, score)``, each ``[batch_size, num_tokens]``: int64, the output row of each token, ``num_tokens - r -
+        second_r`` rows in their original order; bool, which tokens did not merge into another; and float32, the score of
+        each token in the direction in which it may merge, -inf where it may not.
 
     A composite of two calls of ``bipartite_match``, without a sync; the second one computes the similarities again, since
     nothing of them is stored and its destinations depend on the first one's choice. Deterministic; shapes depend on shapes
@@ -65,5 +65,5 @@ def match_both_ways(
     second_merged = _merged(second, second_match)
     onward = torch.where(second_merged, second_match, place)
     last = torch.where(merged, onward.gather(1, match_idx.clamp(min=0)), onward)
-    dst_idx = ((~(merged | second_merged)).cumsum(1) - 1).gather(1, last)
-    return dst_idx, torch.where(place % 2 == 0, score, second_score)
+    stays = ~(merged | second_merged)
+    return (stays.cumsum(1) - 1).gather(1, last), stays, torch.where(place % 2 == 0, score, second_score)
