@@ -103,7 +103,7 @@ TOKRED_TEST(pair_topk, rules) {
 }
 TOKRED_TEST(pair_topk, passes) { check_all({1, 10, 150, 4, 75}); }  // of 32 places
 TOKRED_TEST(pair_topk, shares) {                                    // of y, on both devices; few and many to merge
-  for (const int64_t k : {1, 9}) {
+  for (const int64_t k : {1, 9, 25}) {
     check_all({2, 3, 1200, 4, k, PairMetric::kDot, false, true});
     check_all({1, 70, 300, 4, k});
   }
