@@ -108,6 +108,9 @@ TOKRED_TEST(pair_topk, shares) {                                    // of y, on 
     check_all({1, 70, 300, 4, k});
   }
 }
+TOKRED_TEST(pair_topk, one_share) {  // of several tiles: a list that is full meets few that enter it
+  check("bfloat16", [](const Side& side) { return call<c10::BFloat16>({270, 1, 400, 4, 25}, DType::kBF16, side); });
+}
 TOKRED_TEST(pair_topk, empty) {
   check_all({0, 20, 30, 8, 3});
   check_all({2, 0, 30, 8, 3});
