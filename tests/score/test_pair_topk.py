@@ -140,6 +140,12 @@ def test_bank_of_many_rows(device, dtype, simt):
     check(draw(device, dtype, 1, 3, 33), draw(device, dtype, num_y, 33), 20)
 
 
+def test_one_share_of_several_tiles(device):
+    """So many batch entries that y is not shared out: later tiles bring few that enter a list, anywhere in it."""
+    x, y = whole(device, torch.bfloat16, 270, 1, 4), whole(device, torch.bfloat16, 270, 400, 4)
+    check(x, y, 25, metric="dot", exact=True)
+
+
 @pytest.mark.parametrize("metric", ["dot", "l2"])
 def test_who_meets_whom(device, dtype, metric, simt):
     x, y = whole(device, dtype, 2, 70, 6), whole(device, dtype, 2, 140, 6)

@@ -103,10 +103,13 @@ TOKRED_TEST(pair_topk, rules) {
 }
 TOKRED_TEST(pair_topk, passes) { check_all({1, 10, 150, 4, 75}); }  // of 32 places
 TOKRED_TEST(pair_topk, shares) {                                    // of y, on both devices; few and many to merge
-  for (const int64_t k : {1, 9}) {
+  for (const int64_t k : {1, 9, 25}) {
     check_all({2, 3, 1200, 4, k, PairMetric::kDot, false, true});
     check_all({1, 70, 300, 4, k});
   }
+}
+TOKRED_TEST(pair_topk, one_share) {  // of several tiles: a list that is full meets few that enter it
+  check("bfloat16", [](const Side& side) { return call<c10::BFloat16>({270, 1, 400, 4, 25}, DType::kBF16, side); });
 }
 TOKRED_TEST(pair_topk, empty) {
   check_all({0, 20, 30, 8, 3});
