@@ -5,7 +5,6 @@
 // 16; the last block ends with the row and overlaps the one before, and what it holds twice has v = 0 the second time:
 // no row has a remainder, and none is read past its end.
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "common/parallel.h"
@@ -59,7 +58,7 @@ TOKRED_INLINE void scale_columns(const Problem& p) {
 
 // v for u = 1: the second half of a round whose first half is in the kernel.
 TOKRED_CLONES void scale_columns_alone(const Problem& p) {
-  std::memset(p.sum, 0, sizeof(float) * static_cast<size_t>(p.num_blocks * kVecLanes));
+  std::fill_n(p.sum, p.num_blocks * kVecLanes, 0.f);
   for (int64_t i = 0; i < p.num_rows; i += kRows) {
     const float* row[kRows];
     rows_of_group(p, i, row);
@@ -70,7 +69,7 @@ TOKRED_CLONES void scale_columns_alone(const Problem& p) {
 
 // A round; returns how far the row sums were off before it.
 TOKRED_CLONES float make_round(const Problem& p) {
-  std::memset(p.sum, 0, sizeof(float) * static_cast<size_t>(p.num_blocks * kVecLanes));
+  std::fill_n(p.sum, p.num_blocks * kVecLanes, 0.f);
   float error = 0.f;
   for (int64_t i = 0; i < p.num_rows; i += kRows) {
     const float* row[kRows];
@@ -155,7 +154,7 @@ void make_kernel(const SinkhornArgs& a, const T* cost, const Problem& p) {
     make_kernel_row(cost + i * a.stride_row, p.num_cols, p.f[i], p.g, a.exp2_scale(), p.kernel + i * p.stride);
     p.u[i] = 1.f;
   }
-  std::memcpy(p.v, p.own, sizeof(float) * static_cast<size_t>(p.num_blocks * kVecLanes));
+  std::copy_n(p.own, p.num_blocks * kVecLanes, p.v);
 }
 
 // The first round, all in logarithms: f makes the row sums right. g takes each column's largest entry to 1, which v,
@@ -197,13 +196,13 @@ void solve(const SinkhornArgs& a, int64_t batch_idx, Problem p, float* small) {
   float* const plan = a.plan + batch_idx * a.num_rows * a.num_cols;
   if (m == 0 || n == 0) {
     a.num_rounds[batch_idx] = 0;
-    std::memset(plan, 0, sizeof(float) * static_cast<size_t>(a.num_rows * a.num_cols));
+    std::fill_n(plan, a.num_rows * a.num_cols, 0.f);  // which may have no memory
     return;
   }
   p.num_blocks = ceil_div<int64_t>(n, kVecLanes);
   p.kernel = n < kVecLanes ? small : plan;
   p.stride = n < kVecLanes ? kVecLanes : a.num_cols;
-  if (n < kVecLanes) std::memset(small, 0, sizeof(float) * static_cast<size_t>(m * kVecLanes));
+  if (n < kVecLanes) std::fill_n(small, m * kVecLanes, 0.f);
   std::fill_n(p.row_mass, ceil_div(m, kRows) * kRows, 0.f);
   std::fill_n(p.u, ceil_div(m, kRows) * kRows, 0.f);
   std::fill_n(p.own, p.num_blocks * kVecLanes, 0.f);
@@ -229,9 +228,9 @@ void solve(const SinkhornArgs& a, int64_t batch_idx, Problem p, float* small) {
   for (int64_t i = 0; i < m; ++i) {
     float* const row = plan + i * a.num_cols;
     scale_row(p.kernel + i * p.stride, n, p.u[i], p.g, row);
-    std::memset(row + n, 0, sizeof(float) * static_cast<size_t>(a.num_cols - n));
+    std::fill(row + n, row + a.num_cols, 0.f);
   }
-  std::memset(plan + m * a.num_cols, 0, sizeof(float) * static_cast<size_t>((a.num_rows - m) * a.num_cols));
+  std::fill_n(plan + m * a.num_cols, (a.num_rows - m) * a.num_cols, 0.f);
 }
 
 }  // namespace
