@@ -208,8 +208,8 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     if smoke:
         tiny = Size(1, 2, 1, 20, 40, 16)
         sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
-        sizes.append(("slash", F32, tiny, None))
         sizes += [("paged", F32, Size(1, 2, 1, 20, 48, 16), None), ("packed", F32, Size(3, 2, 2, 20, 20, 16), None)]
+        sizes.append(("slash", F32, tiny, None))
     forms: dict[str, dict[str, Any]] = {
         "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
         "lse": {"run": {"tokred": with_lse, "eager exp": eager_with_lse}, "call": call_with_lse},
@@ -217,12 +217,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "run": {"tokred": causal, "eager softmax": eager_causal},
             "call": call_causal,
             "reference": partial(by_head, causal=True),
-        },
-        "slash": {
-            "run": {"tokred": slash, "eager softmax": eager_slash},
-            "call": call_slash,
-            "reference": by_head_slash,
-            "compare": received_and_diagonal,
         },
         "paged": {
             "run": {"tokred": paged, "gather+eager softmax": eager_paged},
@@ -233,6 +227,12 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "run": {"tokred": packed, "eager softmax": eager_packed},
             "call": call_packed,
             "reference": by_head_packed,
+        },
+        "slash": {
+            "run": {"tokred": slash, "eager softmax": eager_slash},
+            "call": call_slash,
+            "reference": by_head_slash,
+            "compare": received_and_diagonal,
         },
     }
     makers = {"lse": make_with_lse, "paged": make_paged, "packed": make_packed}
