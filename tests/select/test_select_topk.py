@@ -54,7 +54,8 @@ def planted(*shape, device):
 
 
 # One less, equal, one more than a vector, a warp, the items of a warp's row; then the sizes at which the kernels change
-# their plan: a sample first on the CPU (209), a warp's row (1024), sampled pivots (4096), a block's row (8192), two chunks and more.
+# their plan: a sample first on the CPU (209), a warp's row (1024), sampled pivots (4096), a block's row (8192), two chunks
+# and more.
 SIZES = [1, 2, 15, 17, 31, 32, 33, 197, 208, 209, 255, 257, 577, 1023, 1024, 1025, 4095, 4097, 8192, 8193, 33001]
 
 
