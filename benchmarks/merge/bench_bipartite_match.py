@@ -63,8 +63,8 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     # ViT-B at 224 (head mean); Stable Diffusion at 512; ViT-L at 336: head mean, whole width
     sizes = [
         ((32, 197, 64), 16, 2.0),
-        ((2, 4096, 320), 2048, None),
-        ((1, 577, 64), 16, None),
+        ((2, 4096, 320), 2048, 0.91),
+        ((1, 577, 64), 16, 2.0),
         ((8, 577, 1024), 16, None),
     ]
     if device == "cuda":
@@ -87,6 +87,8 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 # bfloat16: the formulas and tomesd round unit vectors and similarities, and so pick slightly worse pairs.
                 tolerance=(1e-5, 1e-5) if dtype == torch.float32 else (3e-2, 1e-2),
                 unlike={"matrix product alone": "no matching at all: similarities of vectors that are not normalised"},
-                reach=reach,
+                # The larger problem is all product: within 1.1 times one that float32 can be compared with.
+                reach=None if shape[1] == 4096 and dtype != torch.float32 else reach,
+                against="matrix product alone" if shape[1] == 4096 else "ToMe's formulas",
                 core=device == "cuda" and dtype == torch.bfloat16,
             )

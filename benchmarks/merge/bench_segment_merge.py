@@ -114,6 +114,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 compiled=("ToMe's formulas",) if shape[1] == 197 else (),
                 tolerance=tolerance,
                 reach=6.0 if aimed else None,
+                against="ToMe's formulas",
                 core=core,
             )
         for shape in shapes:
@@ -126,5 +127,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 compare=merged_rows,
                 tolerance=tolerance,
                 reach=2.4 if aimed else None,
+                against="scatter_reduce",
                 core=core,
             )

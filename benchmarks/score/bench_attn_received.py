@@ -210,5 +210,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             # Eager rounds bfloat16 logits to 8 bits before the softmax; the sums average that out.
             tolerance=(1e-4, 1e-5) if dtype == F32 else (5e-2, 5e-3),
             reach=reach,
+            against=list(forms[kind]["run"])[1],
             core=cuda and dtype == BF16 and kv_len != 16384,  # the same window over 131,072 keys is there
         )

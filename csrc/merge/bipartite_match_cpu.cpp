@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common/dot_panel.h"
+#include "common/dot_rows.h"
 #include "common/topk.h"
 
 namespace tokred {
@@ -46,16 +47,18 @@ TOKRED_CLONES void pack_units(const T* src, int64_t stride_row, const int32_t* l
       square[j] = sum;
     }
     if (!normalize) continue;
-    float squares[8];
-    sum_lanes8(square, squares);
+    float scale[8];
+    sum_lanes8(square, scale);
+    for (int j = 0; j < 8; ++j) {
+      const float norm = __builtin_sqrtf(scale[j]);
+      scale[j] = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
+    }
     for (int64_t j = 0; j < 8 && i + j < rows; ++j) {
-      const float norm = __builtin_sqrtf(squares[j]);
-      const float scale = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
       float* out = dst + (i + j) * stride;
       for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
         Vec16 value;
         load16(out + c, value);
-        store16(out + c, value * scale);
+        store16(out + c, value * scale[j]);
       }
     }
   }
@@ -138,10 +141,10 @@ struct MatchScratch {
   AlignedBuffer<int32_t> best_col, col, list;
 };
 
-// Sources [begin, end) of one batch row.
+// Sources [begin, end) of one batch row; fetch_next: the next one is about to follow.
 template <typename T>
 void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t batch, int64_t begin, int64_t end,
-                 int64_t padded_depth, MatchScratch& s) {
+                 int64_t padded_depth, bool fetch_next, MatchScratch& s) {
   const T* metric = static_cast<const T*>(a.metric) + batch * a.stride_batch;
   const uint8_t* protect = a.protect ? a.protect + batch * a.num_tokens : nullptr;
   const int64_t num_dst = protect ? list_destinations(protect, sets, s.list.data()) : sets.candidate_dst();
@@ -159,7 +162,14 @@ void match_block(const BipartiteMatchArgs& a, const BipartiteSets& sets, int64_t
     pack_units(protect ? first_dst : first_dst + col * step, step, protect ? s.list.data() + col : nullptr, cols, a.dim,
                width, padded_depth, kNaN, a.normalize, a.eps, s.dst.data());
     transpose_panel(s.dst.data(), stride, width, padded_depth, s.panel.data());
-    dot_panel(s.src.data(), stride, padded_rows, padded_depth, s.panel.data(), width, s.similarity.data());
+    // Tile by tile, each after asking for its share of the tokens that the next batch row has at these places.
+    const int64_t share = fetch_next ? ceil_div(2 * cols * kDotRows, padded_rows) : 0;
+    for (int64_t i = 0, token = 2 * col; i < padded_rows; i += kDotRows, token += share) {
+      for (int64_t t = token; t < std::min(token + share, 2 * (col + cols)); ++t)
+        prefetch(metric + a.stride_batch + t * a.stride_token, a.dim * static_cast<int64_t>(sizeof(T)));
+      dot_panel(s.src.data() + i * stride, stride, kDotRows, padded_depth, s.panel.data(), width,
+                s.similarity.data() + i * width);
+    }
     fold_panel(s.similarity.data(), rows, width, static_cast<int32_t>(col), s.best.data(), s.best_col.data());
     col += width;
   }
@@ -246,7 +256,8 @@ void bipartite_match_cpu(const BipartiteMatchArgs& args) {
         for (int64_t task = first; task < last; ++task) {
           const int64_t begin = sets.first_src + task % blocks * src_rows;
           match_block<typename decltype(tag)::type>(args, sets, task / blocks, begin,
-                                                    std::min(begin + src_rows, sets.num_src), padded_depth, scratch);
+                                                    std::min(begin + src_rows, sets.num_src), padded_depth,
+                                                    blocks == 1 && task + 1 < last, scratch);
         }
       });
     });

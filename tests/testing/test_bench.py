@@ -48,7 +48,10 @@ def test_a_row_states_what_was_measured():
     assert row.floor_share == row.floor / row.seconds["tokred"]
     assert row.speedup == {"peer": row.seconds["peer"] / row.seconds["tokred"]}
     assert row.best_peer is None, "what is unlike is no peer"
+    assert row.reached is None
     assert "segment_expand" in bench.show(row) and "(aim 2x)" in bench.show(row)
+    row = measured(add_case(reach=2.0, against="peer", unlike={"peer": "for the test"}))
+    assert row.reached == row.speedup["peer"] and "(aim 2x peer)" in bench.show(row)
 
 
 @pytest.mark.parametrize("wrong", ["tokred", "peer"])
@@ -194,6 +197,12 @@ def test_core_rows_only(tmp_path):
     path.write_text(BROKEN)
     cases = list(suite._cases(path, suite.Options(core=True)))
     assert [case.name for case in cases] == ["right"]
+
+
+@pytest.mark.parametrize("op", FILES)
+def test_aims_name_a_candidate(op):
+    for case in load_file(FILES[op]).cases("cpu", False):
+        assert not case.against or case.against in case.run, case.name
 
 
 @pytest.mark.parametrize("op", FILES)
