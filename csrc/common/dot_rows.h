@@ -9,9 +9,10 @@
 
 namespace tokred {
 
-constexpr int64_t kKeyBlock = 16;  // rows that stay in the first-level cache while all queries use them
-constexpr int64_t kAhead = 32;     // rows between a prefetch and its use
-constexpr int64_t kDotPadding = kKeyBlock + kAhead;  // offsets past the last one, of rows that are read in vain
+constexpr int64_t kKeyBlock = 16;   // rows that stay in the first-level cache while all queries use them
+constexpr int64_t kAhead = 32;      // rows between a prefetch and its use
+constexpr int64_t kBf16Ahead = 64;  // the same where rows are not widened (common/dot_bf16.h) and so come faster
+constexpr int64_t kDotPadding = kKeyBlock + kBf16Ahead;  // offsets past the last one, of rows that are read in vain
 
 // Into the second-level cache: rows that wait in the first level for their turn hold up the loads of those in work.
 TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {

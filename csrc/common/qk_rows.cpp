@@ -6,6 +6,7 @@
 
 #include <limits>
 
+#include "common/dot_bf16.h"
 #include "common/dot_rows.h"
 
 namespace tokred {
@@ -33,9 +34,13 @@ TOKRED_CLONES void add_scores(const float* logit, int64_t count, float scale, bo
 
 struct Scratch {
   explicit Scratch(int64_t head_dim)
-      : q_stride(ceil_div(head_dim, int64_t{kVecLanes}) * kVecLanes), q(kMaxRows * q_stride) {}
+      : q_stride(ceil_div(head_dim, kDotBf16Step) * kDotBf16Step),
+        q(kMaxRows * q_stride),
+        q_bf16(kMaxRows * q_stride) {}
   int64_t q_stride;
-  AlignedBuffer<float> q, score{kMaxRows * kScoreStride};
+  AlignedBuffer<float> q;
+  AlignedBuffer<c10::BFloat16> q_bf16;  // instead of q
+  AlignedBuffer<float> score{kMaxRows * kScoreStride};
 };
 
 // The keys of one split: offsets of their rows from the first of a head.
@@ -84,35 +89,55 @@ struct Keys {
   }
 };
 
-// A row of q as dot_rows wants it, zeros in the channels that are not listed.
+// Copies a row of q, with zeros in the channels that are not listed.
 template <typename T>
-void load_row(const QkRows& a, const T* q, int64_t kv_head, float* out) {
-  if (!a.use_channels) return load_query(q, a.k.dim, 1.f, out);
-  T listed[kQkRowsMaxHeadDim] = {};
+void load_row(const QkRows& a, const T* q, int64_t kv_head, T* out) {
+  if (!a.use_channels) {
+    std::memcpy(static_cast<void*>(out), q, static_cast<size_t>(a.k.dim) * sizeof(T));
+    return;
+  }
+  std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.k.dim) * sizeof(T));
   const int64_t list = a.channel_heads == 1 ? 0 : kv_head * a.num_channels;
   for (int64_t i = 0; i < a.num_channels; ++i) {
     const int64_t channel = a.channels[list + i];
-    if (channel >= 0 && channel < a.k.dim) listed[channel] = q[channel];
+    if (channel >= 0 && channel < a.k.dim) out[channel] = q[channel];
   }
-  load_query(listed, a.k.dim, 1.f, out);
 }
 
 // Logits of query rows [first, first + rows) of a head, row head * q_len + token, to s.score.
 template <typename T, int kRows>
 void score_rows(const QkRows& a, const Keys& keys, int64_t batch_idx, int64_t kv_head, int64_t first, int64_t rows,
                 Scratch& s) {
+  constexpr bool kBf16 = std::is_same_v<T, c10::BFloat16>;
+  const bool as_given = kBf16 && has_dot_bf16();
   const int64_t padded = ceil_div(rows, int64_t{kRows}) * kRows;
-  std::memset(s.q.data(), 0, static_cast<size_t>(padded * s.q_stride) * sizeof(float));
+  const auto clear = [&](auto* q) { std::fill_n(q, padded * s.q_stride, std::decay_t<decltype(*q)>(0.f)); };
+  as_given ? clear(s.q_bf16.data()) : clear(s.q.data());
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = kv_head * a.group() + (first + r) / a.q_len, token = (first + r) % a.q_len;
-    load_row(a, static_cast<const T*>(a.q) + batch_idx * a.q_batch + head * a.q_head + token * a.q_token, kv_head,
-             s.q.data() + r * s.q_stride);
+    const T* q = static_cast<const T*>(a.q) + batch_idx * a.q_batch + head * a.q_head + token * a.q_token;
+    T row[kQkRowsMaxHeadDim];
+    load_row(a, q, kv_head, row);
+    if (as_given) {
+      std::memcpy(static_cast<void*>(s.q_bf16.data() + r * s.q_stride), row, static_cast<size_t>(a.k.dim) * sizeof(T));
+    } else {
+      load_query(row, a.k.dim, 1.f, s.q.data() + r * s.q_stride);
+    }
   }
   const T* k = static_cast<const T*>(a.k.data) + a.k.head_offset(batch_idx, kv_head);
   for (int64_t i = 0; i < keys.count; i += kKeyBlock) {
+    const int64_t end = std::min(i + kKeyBlock, keys.count);
     for (int64_t r = 0; r < padded; r += kRows) {
-      dot_rows<T, kRows>(k, keys.offset.data(), i, std::min(i + kKeyBlock, keys.count), s.q.data() + r * s.q_stride,
-                         s.q_stride, a.k.dim, r == 0, s.score.data() + r * kScoreStride, kScoreStride);
+      float* score = s.score.data() + r * kScoreStride;
+      if constexpr (kBf16) {
+        if (as_given) {
+          dot_rows_bf16<kRows>(k, keys.offset.data(), i, end, s.q_bf16.data() + r * s.q_stride, s.q_stride, a.k.dim,
+                               r == 0, score, kScoreStride);
+          continue;
+        }
+      }
+      dot_rows<T, kRows>(k, keys.offset.data(), i, end, s.q.data() + r * s.q_stride, s.q_stride, a.k.dim, r == 0, score,
+                         kScoreStride);
     }
   }
 }

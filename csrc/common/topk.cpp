@@ -339,22 +339,34 @@ int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
 
 // Ranks changed by what is forced and excluded; returns how many tokens are eligible. Selects, not branches: masks are
 // not to be predicted.
+template <bool kKeep, bool kDrop>
 TOKRED_CLONES int64_t apply_masks(const uint8_t* keep, const uint8_t* drop, int32_t keep_before, int32_t keep_from,
                                   int32_t n, int64_t k, int32_t* keys) {
   int32_t forced = 0, excluded = 0;
   for (int32_t i = 0; i < n; ++i) {
-    const int32_t out = drop ? drop[i] != 0 : 0, in = keep ? keep[i] != 0 : 0;
+    int32_t out = 0, force = (i < keep_before) | (i >= keep_from);
+    if constexpr (kDrop) out = drop[i] != 0;
+    if constexpr (kKeep) force |= keep[i] != 0;
     excluded += out;
-    forced += ((i < keep_before) | (i >= keep_from) | in) & (out ^ 1);
+    forced += force & ~out;
   }
-  const bool crowded = forced > k;  // then only the forced compete, by their scores
+  const int32_t crowded = forced > k;  // then only the forced compete, by their scores
   for (int32_t i = 0; i < n; ++i) {
-    const int32_t out = drop ? drop[i] != 0 : 0, in = keep ? keep[i] != 0 : 0;
-    const bool force = (i < keep_before) | (i >= keep_from) | in;
-    const int32_t key = force && !crowded ? signed_key(kKeyForced) : keys[i];
-    keys[i] = (out | (crowded & !force)) ? kExcluded : key;
+    int32_t out = 0, force = (i < keep_before) | (i >= keep_from);
+    if constexpr (kDrop) out = drop[i] != 0;
+    if constexpr (kKeep) force |= keep[i] != 0;
+    const int32_t key = force & ~crowded ? signed_key(kKeyForced) : keys[i];
+    keys[i] = out | (crowded & ~force) ? kExcluded : key;
   }
   return crowded ? forced : n - excluded;
+}
+
+template <typename T>
+int64_t mask_keys(const TopkRow<T>& row, int64_t k, int32_t* keys) {
+  const auto apply = row.keep   ? row.drop ? apply_masks<true, true> : apply_masks<true, false>
+                       : row.drop ? apply_masks<false, true>
+                                : apply_masks<false, false>;
+  return apply(row.keep, row.drop, row.keep_before, row.keep_from, row.num_tokens, k, keys);
 }
 
 // Writes the places in keys[0, n) of the k largest, ascending; at least k keys are eligible.
@@ -433,7 +445,7 @@ int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScrat
   }
   int32_t* keys = scratch.keys.data();
   plain_keys(row.score, row.stride, n, keys);
-  const int64_t eligible = masked ? apply_masks(row.keep, row.drop, row.keep_before, row.keep_from, n, k, keys) : n;
+  const int64_t eligible = masked ? mask_keys(row, k, keys) : n;
   k = k < eligible ? k : eligible;
   if (k > 0) take_largest(keys, n, k, scratch.spare.data(), out);
   return k;
