@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 // A thread takes up to 128 rows (queries of the heads that share one K) and sees all keys in panels of up to 512:
-// product, exponentials, column sums. While 4 MiB hold the logits of 32 rows or more, they stay in the thread's scratch
-// between the row sums and the column sums; for longer keys they are computed again, as on CUDA.
+// product, exponentials, column sums. While 4 MiB hold the exponentials of 32 rows, or of all where those are fewer,
+// they stay in the thread's scratch until the column sums; for longer keys they are computed again, as on CUDA.
 //
 // Bits: tile shapes and the cut of the rows into tasks follow from the shapes of one batch row alone, and the columns
 // of a head are added in the order of its tasks. So neither threads nor the rest of the batch matter.
