@@ -221,7 +221,7 @@ TOKRED_CLONES void guess_pivots(const int32_t* keys, int64_t n, int64_t k, int32
 
 }  // namespace
 
-Cut kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare) {
+KthKey kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare) {
   int64_t lo = INT32_MIN, hi = int64_t{INT32_MAX} + 1;  // at least k keys are >= lo, fewer than k are >= hi:
   int64_t reach_lo = n, reach_hi = 0;                   // so many
   const auto narrow = [&](const int32_t* pivot) {

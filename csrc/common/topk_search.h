@@ -23,12 +23,12 @@ using ReachingScores = int64_t (*)(const float* score, int64_t n, float bound, i
 extern const ReachingScores reaching_scores;
 
 // A bound that count >= k keys reach, and none above it that k do; or one that exactly k reach.
-struct Cut {
+struct KthKey {
   int32_t bound;
   int64_t count;
 };
 
 // 1 <= k <= n; spare has room for n keys and 16 more.
-Cut kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare);
+KthKey kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare);
 
 }  // namespace tokred
