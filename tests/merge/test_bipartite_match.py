@@ -135,7 +135,7 @@ SIZES = [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 129, 197, 257, 577]
 
 @pytest.mark.parametrize("num_tokens", SIZES)
 def test_sizes(device, num_tokens, simt, dtype):
-    if simt and num_tokens > 130 and (num_tokens > 300 or dtype == torch.float16):
+    if simt and (num_tokens > 300 or (num_tokens > 40 and dtype == torch.float16)):
         return
     for num_protected in range(4):
         if num_protected > num_tokens or (simt and num_tokens > 130 and num_protected > 1):
@@ -394,7 +394,7 @@ def test_threshold_and_lengths(device, num_tokens, dtype, simt):
     poisoned = metric.clone()
     for b, count in enumerate(seq_lens.clamp(0).tolist()):
         poisoned[b, count:] = float("nan")  # padding is not looked at
-    for i, order in enumerate(ORDERS):
+    for i, order in enumerate(ORDERS[1:2] if simt and num_tokens > 100 else ORDERS):
         options = {"normalize": False, "order": order}
         for mask in (None, protect):
             exactly(metric, None, **options, protect=mask, threshold=1.0, num_protected=min(i, num_tokens))
