@@ -31,8 +31,8 @@ def no_gradient(name: str, hint: str) -> None:
     forward_only.add(name)
 
 
-def autocast(name: str, num_cast: int) -> None:
-    """Cast the first ``num_cast`` arguments of ``tokred::name`` to the autocast dtype, and no others."""
+def autocast(name: str, num_cast: int, first: int = 0) -> None:
+    """Cast ``num_cast`` arguments of ``tokred::name``, from number ``first`` on, to the autocast dtype, and no others."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.tokred, packet), overload or "default")
 
@@ -40,9 +40,9 @@ def autocast(name: str, num_cast: int) -> None:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
+            dtype, floats = torch.get_autocast_dtype(device_type), (torch.float32, torch.float16, torch.bfloat16)
             cast = tuple(
-                arg.to(dtype) if i < num_cast and arg.dtype in (torch.float32, torch.float16, torch.bfloat16) else arg
+                arg.to(dtype) if first <= i < first + num_cast and arg.dtype in floats else arg
                 for i, arg in enumerate(args)
             )
             with torch._C._ExcludeDispatchKeyGuard(keys):

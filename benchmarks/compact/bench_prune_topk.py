@@ -81,6 +81,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 tolerance=(0, 0),
                 min_copies=1 if cuda else 64,  # branches of a CPU could learn fewer
                 reach=None if cuda else reach,
+                against="topk+sort+index_select",
                 core=cuda and dtype == torch.bfloat16,
                 note="float32 scores without ties, so that all select the same tokens",
             )
@@ -96,6 +97,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             tolerance=(0, 0),
             min_copies=1 if cuda else 64,
             reach=None if cuda else reach,
+            against="topk+sort+index_select",
             core=cuda and kind == "equal",  # the others are those of select_topk
             note="x is the score itself, one value a token",
         )

@@ -84,6 +84,40 @@ def index_add(x: Tensor, dst_idx: Tensor, num_out: int) -> tuple[Tensor, None]:
     return (out / count.clamp(min=1)[:, None]).unflatten(0, (batch_size, num_out)), None
 
 
+def make_entries(
+    i: int, device: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    """Every row takes so many tokens anywhere, with weights."""
+    batch_size, num_tokens, num_out, per_row, dim = shape
+    options = {"generator": generator(device, i), "device": device}
+    x = torch.randn(batch_size, num_tokens, dim, **options).to(dtype)
+    rows = torch.arange(num_out, device=device).repeat_interleave(per_row).expand(batch_size, -1).contiguous()
+    tokens = torch.rand(batch_size, num_out, num_tokens, **options).topk(per_row).indices.flatten(1)
+    return x, rows, num_out, tokens, torch.rand(batch_size, num_out * per_row, **options)
+
+
+def entries(x: Tensor, rows: Tensor, num_out: int, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return tokred.segment_merge(x, rows, num_out, src_idx=tokens, weight=weight, mode="sum")
+
+
+def gathered(x: Tensor, rows: Tensor, num_out: int, tokens: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+    """The rows are equally long, which gather and sum need and tokred does not."""
+    taken = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) * weight[..., None].to(x.dtype)
+    return taken.unflatten(1, (num_out, -1)).sum(2), None
+
+
+def product(x: Tensor, rows: Tensor, num_out: int, tokens: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+    w = weight.new_zeros(x.shape[0], num_out * x.shape[1])
+    w.scatter_add_(1, rows * x.shape[1] + tokens, weight)
+    return torch.bmm(w.unflatten(1, (num_out, -1)).to(x.dtype), x), None
+
+
+def entries_call(
+    x: Tensor, rows: Tensor, num_out: int, tokens: Tensor, weight: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (x, rows, num_out), {"src_idx": tokens, "weight": weight, "mode": "sum"}
+
+
 def merged_rows(out: tuple[Tensor, Any], *inputs: object) -> Tensor:
     return out[0]
 
@@ -114,8 +148,21 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 compiled=("ToMe's formulas",) if shape[1] == 197 else (),
                 tolerance=tolerance,
                 reach=6.0 if aimed else None,
+                against="ToMe's formulas",
                 core=core,
             )
+        # PruMerge: each of 64 kept tokens of 576 takes 32 neighbours and itself
+        several = (2, 20, 4, 3, 16) if smoke else (8, 576, 64, 33, 1024)
+        yield Case(
+            op="segment_merge",
+            name=f"entries: {several[0]} x {several[1]} -> {several[2]} of {several[3]} each, x {several[4]}",
+            dtype=dtype_word(dtype),
+            make=partial(make_entries, shape=several, **options),
+            run={"tokred": entries, "gather and sum": gathered, "dense product": product},
+            call=entries_call,
+            compare=merged_rows,
+            tolerance=(1e-4, 1e-4) if dtype == torch.float32 else (5e-2, 2e-1),
+        )
         for shape in shapes:
             yield Case(
                 op="segment_merge",
@@ -126,5 +173,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 compare=merged_rows,
                 tolerance=tolerance,
                 reach=2.4 if aimed else None,
+                against="scatter_reduce",
                 core=core,
             )

@@ -53,6 +53,23 @@ def eager_causal(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
     return logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).sum(-2), None
 
 
+def hide_later(logits: Tensor) -> Tensor:
+    """Hide in place what the last queries do not see: among the last keys alone, as SnapKV does."""
+    later = torch.ones(logits.shape[-2], logits.shape[-2], dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., -logits.shape[-2] :].masked_fill_(later, -torch.inf)
+    return logits
+
+
+def eager_window(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    return hide_later(logits(q, k)).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
+def eager_window_grouped(q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+    """K is not repeated: a group's queries are rows of one product, and scaled, for they are fewer than logits."""
+    rows = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return hide_later((rows @ k.mT).view(*q.shape[:3], -1)).softmax(-1, dtype=torch.float32).sum(-2), None
+
+
 def eager_with_lse(q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, None]:
     return (logits(q, k).float() - lse[..., None]).exp().sum(-2), None
 
@@ -81,6 +98,36 @@ def by_head(q: Tensor, k: Tensor, *lse: Tensor, **options: Any) -> tuple[Tensor,
         given = {"lse": lse[0][:, h : h + 1]} if lse else {}
         heads.append(define(q[:, h : h + 1], k[:, h // group : h // group + 1], **given, **options)[0])
     return torch.cat(heads, 1), None
+
+
+def slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    return tokred.attn_received(q, k, causal=True, return_diagonal=True)
+
+
+def call_slash(q: Tensor, k: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (q, k), {"causal": True, "return_diagonal": True}
+
+
+def eager_slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Verticals and slashes of MInference: rows padded so that a diagonal is a column of a skewed view."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    hidden = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).triu(kv_len - q_len + 1)
+    p = logits(q, k).masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
+    padded = torch.nn.functional.pad(p, (q_len - 1, 0))
+    width = padded.shape[-1]
+    view = padded.as_strided((*p.shape[:2], q_len, kv_len), (*padded.stride()[:2], width + 1, 1))
+    return p.sum(-2), None, view.sum(-2).flip(-1)
+
+
+def by_head_slash(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    define, group = _registry.op("attn_received").module.reference, q.shape[1] // k.shape[1]
+    options = {"causal": True, "return_diagonal": True}
+    heads = [define(q[:, [h]], k[:, [h // group]], **options) for h in range(q.shape[1])]
+    return tuple(torch.cat(parts, 1) for parts in zip(*heads))
+
+
+def received_and_diagonal(out: tuple[Tensor, ...], *inputs: object) -> Tensor:
+    return torch.cat([out[0], out[2]], -1)
 
 
 PAGE = 16
@@ -149,18 +196,19 @@ def received(out: tuple[Tensor, Tensor | None], *inputs: object) -> Tensor:
 def cases(device: str, smoke: bool = False) -> Iterator[Case]:
     """Yield the rows of this benchmark."""
     cuda = device == "cuda"
-    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP; Qwen2.5-VL's 8x8 windows of an
-    # image of 1344 x 1008
+    # kind, dtype, size, aim: CLIP-L at 336, LLaVA-NeXT's layer, SnapKV's window, SigLIP, the CLS row, the last token of a
+    # prompt; Qwen2.5-VL's 8x8 windows of an image of 1344 x 1008
     sizes: list[tuple[str, torch.dtype, Size, float | None]] = [
         ("", F32, Size(1, 16, 16, 577, 577, 64), 1.2),
         ("", F32, Size(1, 32, 32, 2880, 2880, 128), 2.0),
-        ("", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
+        ("window", BF16, Size(1, 32, 8, 64, 16384, 128), 4.0),
         ("", BF16, Size(1, 16, 16, 577, 577, 64), None),
         ("", BF16, Size(1, 16, 16, 729, 729, 72), None),
-        ("", BF16, Size(8, 16, 16, 1, 577, 64), None),
+        ("", BF16, Size(8, 16, 16, 1, 577, 64), 1.5),
+        ("", BF16, Size(1, 32, 8, 1, 16384, 128), None),
         ("lse", F32, Size(1, 16, 16, 577, 577, 64), None),
         ("paged", BF16, Size(1, 32, 8, 64, 16384, 128), 2.0),
-        ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
+        ("packed", BF16, Size(108, 16, 16, 64, 64, 80), 1.5),
     ]
     if cuda:
         sizes = [
@@ -174,15 +222,21 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             ("paged", BF16, Size(1, 32, 8, 64, 131072, 128), None),
             ("packed", BF16, Size(108, 16, 16, 64, 64, 80), None),
         ]
+    sizes.append(("slash", BF16, Size(1, 32, 8, 64, 131072 if cuda else 16384, 128), None))  # MInference
     if smoke:
         tiny = Size(1, 2, 1, 20, 40, 16)
-        sizes = [("", F32, tiny, None), ("lse", BF16, tiny, None), ("causal", F32, tiny, None)]
+        sizes = [(kind, F32, tiny, None) for kind in ("", "causal", "slash", "window")] + [("lse", BF16, tiny, None)]
         sizes += [("paged", F32, Size(1, 2, 1, 20, 48, 16), None), ("packed", F32, Size(3, 2, 2, 20, 20, 16), None)]
     forms: dict[str, dict[str, Any]] = {
         "": {"run": {"tokred": tokred.attn_received, "eager softmax": eager}, "peers": ("flash_colreduce",)},
         "lse": {"run": {"tokred": with_lse, "eager exp": eager_with_lse}, "call": call_with_lse},
         "causal": {
             "run": {"tokred": causal, "eager softmax": eager_causal},
+            "call": call_causal,
+            "reference": partial(by_head, causal=True),
+        },
+        "window": {
+            "run": {"tokred": causal, "eager softmax": eager_window, "grouped eager softmax": eager_window_grouped},
             "call": call_causal,
             "reference": partial(by_head, causal=True),
         },
@@ -195,6 +249,12 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             "run": {"tokred": packed, "eager softmax": eager_packed},
             "call": call_packed,
             "reference": by_head_packed,
+        },
+        "slash": {
+            "run": {"tokred": slash, "eager softmax": eager_slash},
+            "call": call_slash,
+            "reference": by_head_slash,
+            "compare": received_and_diagonal,
         },
     }
     makers = {"lse": make_with_lse, "paged": make_paged, "packed": make_packed}
@@ -210,5 +270,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             # Eager rounds bfloat16 logits to 8 bits before the softmax; the sums average that out.
             tolerance=(1e-4, 1e-5) if dtype == F32 else (5e-2, 5e-3),
             reach=reach,
+            against="" if kind == "window" else list(forms[kind]["run"])[1],
             core=cuda and dtype == BF16 and kv_len != 16384,  # the same window over 131,072 keys is there
         )

@@ -119,5 +119,6 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
             tolerance=(0, 0),
             min_copies=64,
             reach=None if cuda else problem.reach,
+            against=name,
             core=cuda and problem.aten is aten and problem.shape[0] not in (8, 64),
         )

@@ -7,6 +7,7 @@
 // through a second kernel, both in a fixed order.
 #include "attend/attend_selected.h"
 #include "common/block.cuh"
+#include "common/constants.h"
 #include "common/cp_async.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -14,7 +15,6 @@
 namespace tokred {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinusInf = -__builtin_huge_valf();
 constexpr int kRows = static_cast<int>(kAttendTileRows);
 constexpr int kMergeThreads = 128;
@@ -221,7 +221,7 @@ __device__ inline void block_prepare(const AttendSelectedArgs& a, const Launch& 
       const int64_t head = first_bias_head + r;
       const bool read = slot >= 0 && head < a.bias_heads;
       bias[r * launch.policy.split + i] =
-          read ? a.key_bias[at.batch_idx * a.bias_batch + head * a.bias_head + position] * kLog2E : 0.f;
+          read ? a.key_bias[at.batch_idx * a.bias_batch + head * a.bias_head + position] * kLog2e : 0.f;
     }
   }
   const int dim = static_cast<int>(a.k.dim), columns = (dim + kPadK - 1) / kPadK * kPadK;
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 }  // namespace
 
 int attend_selected_cuda(const AttendSelectedArgs& a, CUstream_st* stream) {
-  const Launch config{choose_policy(a), a.scale * kLog2E, attend_bias_rows(a),
+  const Launch config{choose_policy(a), a.scale * kLog2e, attend_bias_rows(a),
                       has_wide_rows(a.k, a.dtype) && has_wide_rows(a.v, a.dtype)};
   const AttendSelectedPolicy& p = config.policy;
   const int64_t blocks = a.batch_size * p.units * p.m_tiles * p.num_splits;

@@ -2,6 +2,8 @@
 // Copyright (c) 2026 The tokred authors
 #include "common/dot_panel.h"
 
+#include <algorithm>
+
 namespace tokred {
 namespace {
 
@@ -30,6 +32,50 @@ TOKRED_INLINE void transpose8(const float* rows, int64_t stride_row, float* colu
     std::memcpy(columns + i * stride_col, &low, sizeof(low));
     std::memcpy(columns + (i + 4) * stride_col, &high, sizeof(high));
   }
+}
+
+template <typename T>
+TOKRED_CLONES void pack_rows(const T* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
+                             int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps,
+                             float* dst, float* squares) {
+  const int64_t stride = dot_stride(padded_depth);
+  for (int64_t i = 0; i < rows; i += 8) {
+    Vec16 square[8];
+    for (int64_t j = 0; j < 8; ++j) {
+      square[j] = Vec16{};
+      if (i + j >= rows) continue;
+      const T* row = src + (list ? int64_t{list[i + j]} : i + j) * stride_row;
+      float* out = dst + (i + j) * stride;
+      Vec16 sum = {};
+      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
+        Vec16 value;
+        if (c + kVecLanes <= depth) {
+          load16(row + c, value);
+        } else {
+          load_part(row + c, std::max<int64_t>(depth - c, 0), value);
+        }
+        store16(out + c, value);
+        sum += value * value;
+      }
+      square[j] = sum;
+    }
+    if (!normalize && !squares) continue;
+    float sums[8];
+    sum_lanes8(square, sums);
+    for (int64_t j = 0; j < 8 && i + j < rows; ++j) {
+      if (squares) squares[i + j] = sums[j];
+      if (!normalize) continue;
+      const float norm = __builtin_sqrtf(sums[j]);
+      const float scale = 1.f / (norm < eps ? eps : norm);  // a NaN norm stays NaN
+      float* out = dst + (i + j) * stride;
+      for (int64_t c = 0; c < padded_depth; c += kVecLanes) {
+        Vec16 value;
+        load16(out + c, value);
+        store16(out + c, value * scale);
+      }
+    }
+  }
+  std::fill(dst + rows * stride, dst + padded_rows * stride, filler);
 }
 
 // kept apart from its callers: inlined, its sums would compete with theirs for registers.
@@ -76,6 +122,33 @@ TOKRED_CLONES void transpose_panel(const float* rows, int64_t stride_row, int64_
     for (int64_t j = 0; j < width; j += 8)
       transpose8(rows + j * stride_row + c, stride_row, panel + c * width + j, width);
   }
+}
+
+TOKRED_CLONES void square_columns(const float* panel, int64_t width, int64_t depth, float* squares) {
+  for (int64_t j = 0; j < width; j += kVecLanes) {
+    Vec16 total = {};
+    for (int64_t begin = 0; begin < depth; begin += kDotDepth) {
+      const int64_t end = begin + kDotDepth < depth ? begin + kDotDepth : depth;
+      Vec16 sum = {};
+      for (int64_t c = begin; c < end; ++c) {
+        Vec16 value;
+        load16(panel + c * width + j, value);
+        sum += value * value;
+      }
+      total += sum;
+    }
+    store16(squares + j, total);
+  }
+}
+
+void pack_units(DType dtype, const void* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
+                int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps, float* dst,
+                float* squares) {
+  dispatch_float(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    pack_rows(static_cast<const T*>(src), stride_row, list, rows, depth, padded_rows, padded_depth, filler, normalize,
+              eps, dst, squares);
+  });
 }
 
 void dot_panel(const float* a, int64_t stride_row, int64_t rows, int64_t depth, const float* panel, int64_t width,

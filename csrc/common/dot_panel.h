@@ -29,9 +29,19 @@ inline int64_t dot_columns() {
 // all of them into a few sets of the first-level cache.
 inline int64_t dot_stride(int64_t depth) { return depth + kVecLanes; }
 
+// dst[i, 0, padded_depth), at dot_stride(padded_depth): rows 0, 1, ... or, by list, list[0], list[1], ... of src,
+// widened and, if asked, scaled to unit length. padded_depth is a multiple of 16; its padding is zero. Padding rows are
+// filler. squares: of each row, before it is scaled; null: not wanted.
+void pack_units(DType dtype, const void* src, int64_t stride_row, const int32_t* list, int64_t rows, int64_t depth,
+                int64_t padded_rows, int64_t padded_depth, float filler, bool normalize, float eps, float* dst,
+                float* squares = nullptr);
+
 // panel[c, j] = rows[j, c]: width (16 or 32) rows of depth values, a multiple of 8, turned so that a column is
 // contiguous.
 void transpose_panel(const float* rows, int64_t stride_row, int64_t width, int64_t depth, float* panel);
+
+// squares[j] = the sum of the squares of column j of a panel.
+void square_columns(const float* panel, int64_t width, int64_t depth, float* squares);
 
 // out[r, j] = row r of a, rows of them (a multiple of kDotRows) at stride_row, times column j of the panel; out is
 // [rows, width].

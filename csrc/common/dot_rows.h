@@ -9,9 +9,10 @@
 
 namespace tokred {
 
-constexpr int64_t kKeyBlock = 16;  // rows that stay in the first-level cache while all queries use them
-constexpr int64_t kAhead = 32;     // rows between a prefetch and its use
-constexpr int64_t kDotPadding = kKeyBlock + kAhead;  // offsets past the last one, of rows that are read in vain
+constexpr int64_t kKeyBlock = 16;   // rows that stay in the first-level cache while all queries use them
+constexpr int64_t kAhead = 32;      // rows between a prefetch and its use
+constexpr int64_t kBf16Ahead = 64;  // the same where rows are not widened (common/dot_bf16.h) and so come faster
+constexpr int64_t kDotPadding = kKeyBlock + kBf16Ahead;  // offsets past the last one, of rows that are read in vain
 
 // Into the second-level cache: rows that wait in the first level for their turn hold up the loads of those in work.
 TOKRED_INLINE void prefetch(const void* row, int64_t bytes) {
@@ -72,13 +73,19 @@ TOKRED_CLONES void dot_rows(const T* k, const int64_t* offset, int64_t begin, in
   }
 }
 
+// q[0, dim) in the order that dot_rows wants it in. What follows to the next multiple of 16 must be zeros.
+template <typename T>
+void arrange_query(int64_t dim, float* q) {
+  if constexpr (kDeinterleaves<T>) {
+    for (int64_t c = 0; c + 32 <= dim; c += 32) deinterleave32(q + c);
+  }
+}
+
 // out = scale * q[0, dim) as dot_rows wants it. What follows to the next multiple of 16 must be zeros.
 template <typename T>
 TOKRED_CLONES void load_query(const T* q, int64_t dim, float scale, float* out) {
   for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(q[i]) * scale;
-  if constexpr (kDeinterleaves<T>) {
-    for (int64_t c = 0; c + 32 <= dim; c += 32) deinterleave32(out + c);
-  }
+  arrange_query<T>(dim, out);
 }
 
 }  // namespace tokred

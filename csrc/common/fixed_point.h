@@ -37,18 +37,6 @@ TOKRED_HOST_DEVICE uint32_t float_bits(float x) {
   return bits;
 }
 
-// The inverse of score_key, for the key of a number.
-TOKRED_HOST_DEVICE float key_score(uint32_t key) {
-  const uint32_t bits = key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu);
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-#endif
-}
-
 // What a score weighs in a row whose best number is best; 0 for NaN. What weighs anything weighs one unit.
 TOKRED_HOST_DEVICE int64_t softmax_weight(float score, float best, double exp2_scale, int shift) {
   if (!(score > -INFINITY)) return 0;

@@ -1,63 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 
-// Pairs of tokens on tensor cores: a block takes kPairBlockRows rows and walks over columns, kPairBlockCols at a time;
-// each tile of products is handed on in registers and is gone. A product's bits depend on its two rows alone, so the
-// product of a row with itself is the squared norm by which its distance to an equal row is exactly 0.
+// Similarities of 64 rows with all of a share of others, 128 at a time: they appear in tensor-core accumulators, are
+// folded there and are gone. Rows enter the product as they are; what a similarity needs beside it (norms) is summed
+// from the same tiles while they pass by, so nothing is read twice.
 #pragma once
 
-#include "common/pair_tiles.h"
+#include "common/pair.h"
 #include "common/row_tiles.cuh"
 
 namespace tokred {
 
-constexpr int kPairStages = 3;  // 72 KiB of shared memory
+// Of the pipeline. Three take 72 KiB: three blocks (two of float32, by registers) fill an SM of 227 KiB. Two leave room
+// for more beside them in the 99 KiB that every GPU gives a block.
+constexpr int kPairStages = 3;
 
-// Rows 0, 1, ... of x or, if listed, list[0], list[1], ...
-template <typename T, bool kListed>
+static_assert(kPairThreads == kTileThreads, "four warps");
+
+template <int kStages = kPairStages>
+struct PairTiles {
+  StepTile<kPairBlockX> x[kStages];
+  StepTile<kPairBlockY> y[kStages];
+  float x_term[kPairBlockX];  // of each row, from its sum of squares
+  float y_term[kPairBlockY];  // NaN: nobody meets this row
+};
+
+template <typename T>
 struct PairRows {
-  const T* x;
-  int64_t stride;  // between rows, in elements
-  const int32_t* list;
-  int count;
+  const T* first;
+  int64_t stride, count;
+};
 
-  template <bool kVectorLoads, int kRows>
-  __device__ void load(StepTile<kRows>& tile, int begin, int64_t first_column, int64_t dim) const {
-    if constexpr (kListed) {
-      thread_load_listed<T, kVectorLoads>(tile, x, stride, list + begin, count - begin, first_column, dim);
-    } else {
-      thread_load<T, kVectorLoads>(tile, x + begin * stride, stride, count - begin, first_column, dim);
-    }
+using PairAcc = float[2][8][4];
+
+// Which of a tile's similarities a thread holds: four warps, two by rows and two by columns, 32 x 64 each, and in them
+// four rows of sixteen columns per thread. Columns ascend with i.
+struct PairCorner {
+  int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64;
+  __device__ int row(int r) const { return first_row + 16 * (r / 2) + 8 * (r % 2) + lane_index() / 4; }
+  __device__ int column(int i) const { return first_col + 8 * (i / 2) + 2 * (lane_index() % 4) + i % 2; }
+};
+__device__ inline float& pair_product(PairAcc& acc, int r, int i) { return acc[r / 2][i / 2][2 * (r % 2) + i % 2]; }
+
+namespace detail {
+// Adds the squares of what this thread itself has loaded; no barrier is needed for that.
+template <typename T, int kRows>
+__device__ inline void thread_add_squares(StepTile<kRows>& tile, float (&sum)[kRows / kRowsPerPass]) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+  const int column = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsPerPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    const auto pack = load_pack<kPerChunk>(reinterpret_cast<const T*>(tile.chunk(row, column)));
+#pragma unroll
+    for (int c = 0; c < kPerChunk; ++c) sum[i] += static_cast<float>(pack.v[c]) * static_cast<float>(pack.v[c]);
   }
-  __device__ int row(int i) const { return kListed ? list[i] : i; }
-};
+}
 
-struct PairStorage {
-  StepTile<kPairBlockRows> rows[kPairStages];
-  StepTile<kPairBlockCols> cols[kPairStages];
-  float row_term[kPairBlockRows], col_term[kPairBlockCols];
-};
+// terms[row] = term(row, sum of squares), and clears the sums.
+template <int kRows, typename Term>
+__device__ inline void block_write_terms(float (&sum)[kRows / kRowsPerPass], float* terms, const Term& term) {
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsPerPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
+    const float square = warp_sum<kChunks>(sum[i]);
+    sum[i] = 0.f;
+    if (threadIdx.x % kChunks == 0) terms[row] = term(row, square);
+  }
+}
+}  // namespace detail
 
-// Calls fold(r, row, col, product, row_term, col_term) for each pair of the rows [row_begin, + kPairBlockRows) and the
-// columns of tiles [tile_begin, tile_end), in every thread for those it holds: four rows, r = 0 .. 3, and columns
-// ascending for each. Terms come from row_term_of and
-// col_term_of(row of x) and are NaN past the end, where fold is called, too. All threads
-// of the block call it; it ends with its accumulators read and shared memory in use.
-template <typename T, bool kVectorLoads, bool kRowList, bool kColList, typename RowTerm, typename ColTerm,
-          typename Fold>
-__device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kRowList>& rows, int row_begin,
-                                       const PairRows<T, kColList>& cols, int tile_begin, int tile_end, int64_t dim,
-                                       const RowTerm& row_term_of, const ColTerm& col_term_of, Fold&& fold) {
-  static_assert(kTileThreads == kPairBlockCols, "one column's term each");
-  const float kNone = __uint_as_float(0x7fc00000u);
+// Meets x (its first 64 rows) with tiles [tile_begin, tile_end) of y. x_term(row, square) and y_term(row of y, square)
+// give the terms; squares are zero unless need_squares. fold(acc, first row of y) sees each tile's products, in order,
+// when the terms are visible; x_term and y_term may write shared memory for it, too. Called by the whole block.
+template <typename T, bool kVectorLoads, int kStages, typename XTerm, typename YTerm, typename Fold>
+__device__ inline void block_meet(PairTiles<kStages>& shared, const PairRows<T>& x, const PairRows<T>& y, int64_t dim,
+                                  int tile_begin, int tile_end, bool need_squares, const XTerm& x_term,
+                                  const YTerm& y_term, Fold&& fold) {
   const int num_steps = static_cast<int>(max(ceil_div<int64_t>(dim * sizeof(T), kStepBytes), int64_t{1}));
-  const int total = (tile_end - tile_begin) * num_steps, thread = static_cast<int>(threadIdx.x);
+  const int total = (tile_end - tile_begin) * num_steps;
   int load_tile = tile_begin, load_step = 0;
   const auto load = [&](int it) {  // called for it = 0, 1, ...
     if (it < total) {
-      const int64_t column = int64_t{load_step} * (kStepBytes / sizeof(T));
-      rows.template load<kVectorLoads>(shared.rows[it % kPairStages], row_begin, column, dim);
-      cols.template load<kVectorLoads>(shared.cols[it % kPairStages], load_tile * kPairBlockCols, column, dim);
+      const int stage = it % kStages;
+      const int64_t column = int64_t{load_step} * (kStepBytes / sizeof(T)), first_y = int64_t{load_tile} * kPairBlockY;
+      thread_load<T, kVectorLoads>(shared.x[stage], x.first, x.stride, x.count, column, dim);
+      thread_load<T, kVectorLoads>(shared.y[stage], y.first + first_y * y.stride, y.stride, y.count - first_y, column,
+                                   dim);
       if (++load_step == num_steps) {
         load_step = 0;
         ++load_tile;
@@ -65,77 +94,86 @@ __device__ inline void block_for_pairs(PairStorage& shared, const PairRows<T, kR
     }
     cp_async_commit();
   };
-  const auto col_term_at = [&](int i) { return i < cols.count ? col_term_of(cols.row(i)) : kNone; };
 
-  if (thread < kPairBlockRows) {
-    const int row = row_begin + thread;
-    shared.row_term[thread] = row < rows.count ? row_term_of(rows.row(row)) : kNone;
-  }
-  const int first_row = warp_index() % 2 * 32, first_col = warp_index() / 2 * 64, lane = lane_index();
-  float acc[2][8][4] = {}, next_term = kNone;
-  for (int it = 0; it < kPairStages - 1; ++it) load(it);
+  const PairCorner corner;
+  PairAcc acc = {};
+  float x_squares[kPairBlockX / kRowsPerPass] = {}, y_squares[kPairBlockY / kRowsPerPass] = {};
+  for (int it = 0; it < kStages - 1; ++it) load(it);
   int tile = tile_begin, step = 0;
   for (int it = 0; it < total; ++it) {
-    cp_async_wait<kPairStages - 2>();
-    __syncthreads();  // step it is there for all, and step it - 1 and the terms of the tile before are read by all
-    load(it + kPairStages - 1);
-    const int col_begin = tile * kPairBlockCols;
-    if (step == 0) next_term = col_term_at(col_begin + thread);
-    warp_product<T>(shared.rows[it % kPairStages], shared.cols[it % kPairStages], first_row, first_col,
-                    cols.count - col_begin, acc);
-    if (++step < num_steps) continue;
-    shared.col_term[thread] = next_term;
-    __syncthreads();  // terms are written
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = first_row + 16 * (r / 2) + 8 * (r % 2) + lane / 4;
-      const float row_term = shared.row_term[row];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int col = first_col + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-        float& value = acc[r / 2][i / 2][2 * (r % 2) + i % 2];
-        fold(r, row_begin + row, col_begin + col, value, row_term, shared.col_term[col]);
-        value = 0.f;
-      }
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // step it is there for all, and step it - 1 is read by all
+    load(it + kStages - 1);
+    const int stage = it % kStages;
+    const int64_t first_y = int64_t{tile} * kPairBlockY;
+    if (need_squares) {
+      if (tile == tile_begin) detail::thread_add_squares<T>(shared.x[stage], x_squares);
+      detail::thread_add_squares<T>(shared.y[stage], y_squares);
     }
+    warp_product<T>(shared.x[stage], shared.y[stage], corner.first_row, corner.first_col,
+                    static_cast<int>(min(y.count - first_y, int64_t{kPairBlockY})), acc);
+    if (++step < num_steps) continue;
+    // The terms' readers of the tile before have passed this step's barrier.
+    if (tile == tile_begin) detail::block_write_terms<kPairBlockX>(x_squares, shared.x_term, x_term);
+    detail::block_write_terms<kPairBlockY>(y_squares, shared.y_term,
+                                           [&](int row, float square) { return y_term(first_y + row, square); });
+    __syncthreads();  // the terms are written
+    fold(acc, static_cast<int>(first_y));
+#pragma unroll
+    for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0.f;
     step = 0;
     ++tile;
   }
 }
 
-// The row of fold's r that this thread holds.
-__device__ inline int thread_pair_row(int row_begin, int r) {
-  return row_begin + warp_index() % 2 * 32 + 16 * (r / 2) + 8 * (r % 2) + lane_index() / 4;
-}
-
-// Squared distance from a product and the rows' squared norms. NaN stays.
-__device__ inline float pair_distance(float product, float row_square, float col_square) {
-  const float distance = (row_square + col_square) - 2.f * product;
-  return distance < 0.f ? 0.f : distance;
-}
-
-// emit(row, square) for the rows [row_begin, + kTileThreads): each one's product with itself.
-template <typename T, bool kVectorLoads, typename Emit>
-__device__ inline void block_squares(StepTile<kTileThreads>& shared, const PairRows<T, false>& rows, int row_begin,
-                                     int64_t dim, const Emit& emit) {
-  const int num_steps = static_cast<int>(max(ceil_div<int64_t>(dim * sizeof(T), kStepBytes), int64_t{1}));
-  const int first = warp_index() * 32, lane = lane_index();
-  float acc[2][8][4] = {};
-  for (int step = 0; step < num_steps; ++step) {
-    __syncthreads();  // the step before is read by all
-    rows.template load<kVectorLoads>(shared, row_begin, int64_t{step} * (kStepBytes / sizeof(T)), dim);
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();  // the step is there for all
-    warp_product<T>(shared, shared, first, first, first + 32, acc);
-  }
+// The best similarity that this thread has seen for each of its four rows, and its row of y; -1: nothing but NaN so
+// far.
+struct PairBest {
+  float value[4];
+  int column[4];
+  __device__ PairBest() {
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {  // 8 column tiles, 4 accumulators each
-      const int row = 16 * m + 8 * (i % 4 / 2) + lane / 4, col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      if (row == col && row_begin + first + row < rows.count) emit(row_begin + first + row, acc[m][i / 4][i % 4]);
+    for (int r = 0; r < 4; ++r) {
+      value[r] = -__uint_as_float(0x7f800000u);
+      column[r] = -1;
     }
+  }
+};
+
+// Folds a tile: value_of(row, column, product), both in the tile, gives each similarity. Columns ascend, only a larger
+// value replaces, and a comparison with NaN is false. acc holds the similarities afterwards.
+template <typename Value>
+__device__ inline void thread_fold_best(PairAcc& acc, int first_y, const Value& value_of, PairBest& best) {
+  const PairCorner corner;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& value = pair_product(acc, r, i);
+      value = value_of(corner.row(r), corner.column(i), value);
+      if (value > best.value[r]) {
+        best.value[r] = value;
+        best.column[r] = first_y + corner.column(i);
+      }
+    }
+    if (best.column[r] < 0) {  // -inf is a number, too
+#pragma unroll
+      for (int i = 15; i >= 0; --i) {
+        if (pair_product(acc, r, i) == best.value[r]) best.column[r] = first_y + corner.column(i);
+      }
+    }
+  }
+}
+
+// Joins what the lanes that share a row have found, each a packed value of which the largest wins: into
+// shared[warp_index() / 2][row]. It is whole after the next barrier, for the two warps that share a row.
+__device__ inline void warp_join_best(const unsigned long long (&packed)[4],
+                                      unsigned long long (*shared)[kPairBlockX]) {
+  const PairCorner corner;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const unsigned long long best = warp_reduce<4>(packed[r], Max());
+    if (lane_index() % 4 == 0) shared[warp_index() / 2][corner.row(r)] = best;
   }
 }
 

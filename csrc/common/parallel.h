@@ -25,22 +25,26 @@ namespace tokred {
 using ParallelFor = void (*)(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 extern const ParallelFor parallel_for;
 
-// Scratch for one thread: 64-byte aligned, uninitialised.
+// Scratch for one thread: 64-byte aligned, uninitialised. By malloc, whose small blocks are at hand again at once;
+// those of aligned_alloc are not.
 template <typename T>
 class AlignedBuffer {
  public:
-  explicit AlignedBuffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) / 64 + 1) * 64))) {
-    if (!data_) throw std::bad_alloc();
+  explicit AlignedBuffer(int64_t count) : block_(std::malloc(static_cast<size_t>(count) * sizeof(T) + kAlignment)) {
+    if (!block_) throw std::bad_alloc();
+    const uintptr_t first = reinterpret_cast<uintptr_t>(block_.get()) + kAlignment - 1;
+    data_ = reinterpret_cast<T*>(first & ~(kAlignment - 1));
   }
-  T* data() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  static constexpr uintptr_t kAlignment = 64;
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> block_;
+  T* data_;
 };
 
 }  // namespace tokred

@@ -25,54 +25,51 @@ struct StepTile {
   }
 };
 
-// Moves one chunk, values [begin, begin + 16 / sizeof(T)) of a row that starts at from - begin; zeros where the row is
-// not valid or has ended. anywhere: an address that may be named (nothing is read of it).
-template <typename T, bool kVectorLoads>
-__device__ inline void thread_load_chunk(unsigned char* to, const T* from, bool valid, int64_t begin, int64_t dim,
-                                         const T* anywhere) {
+// One 16-byte chunk of a tile's row; from: its first value, where the row is valid. Columns past dim become zeros.
+// anywhere: a readable address.
+template <typename T, bool kVectorLoads, int kRows>
+__device__ inline void thread_load_chunk(StepTile<kRows>& tile, int row, bool valid_row, const T* from,
+                                         const T* anywhere, int64_t begin, int64_t dim) {
   constexpr int kPerChunk = 16 / sizeof(T);
+  const int column = static_cast<int>(threadIdx.x) % kChunks;
   if constexpr (kVectorLoads) {
-    valid = valid && begin < dim;
-    cp_async_16(to, valid ? from : anywhere, valid);
+    const bool valid = valid_row && begin < dim;
+    cp_async_16(tile.chunk(row, column), valid ? from : anywhere, valid);
   } else {
     Pack<T, kPerChunk> pack;
 #pragma unroll
-    for (int c = 0; c < kPerChunk; ++c) pack.v[c] = valid && begin + c < dim ? from[c] : T(0.f);
-    store_pack(reinterpret_cast<T*>(to), pack);
+    for (int c = 0; c < kPerChunk; ++c) pack.v[c] = valid_row && begin + c < dim ? from[c] : T(0.f);
+    store_pack(reinterpret_cast<T*>(tile.chunk(row, column)), pack);
   }
 }
-
-// Rows of a thread whose loads are in flight together: all of them, or a few where they pass through registers.
-template <bool kVectorLoads, int kRows>
-constexpr int kLoadsAhead = kVectorLoads ? kRows / kRowsPerPass : 2;
 
 // Thread t moves chunk t % kChunks of rows t / kChunks, + kRowsPerPass, ...; rows and columns past the end become
 // zeros.
 template <typename T, bool kVectorLoads, int kRows>
 __device__ inline void thread_load(StepTile<kRows>& tile, const T* rows, int64_t stride_row, int64_t num_rows,
                                    int64_t first_column, int64_t dim) {
-  const int column = static_cast<int>(threadIdx.x) % kChunks;
-  const int64_t begin = first_column + column * (16 / sizeof(T));
+  const int64_t begin = first_column + static_cast<int>(threadIdx.x) % kChunks * (16 / sizeof(T));
   const T* from = rows + static_cast<int>(threadIdx.x) / kChunks * stride_row + begin;
-#pragma unroll kLoadsAhead < kVectorLoads, kRows>
+  [[maybe_unused]] constexpr int kUnroll =
+      kVectorLoads ? kRows / kRowsPerPass : 2;  // single values pass through registers
+#pragma unroll kUnroll
   for (int i = 0; i < kRows / kRowsPerPass; ++i, from += kRowsPerPass * stride_row) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
-    thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, row < num_rows, begin, dim, rows);
+    thread_load_chunk<T, kVectorLoads>(tile, row, row < num_rows, from, rows, begin, dim);
   }
 }
 
-// The same for rows by list: row i is rows + list[i] * stride_row, i < num_rows.
-template <typename T, bool kVectorLoads, int kRows>
-__device__ inline void thread_load_listed(StepTile<kRows>& tile, const T* rows, int64_t stride_row, const int32_t* list,
-                                          int64_t num_rows, int64_t first_column, int64_t dim) {
-  const int column = static_cast<int>(threadIdx.x) % kChunks;
-  const int64_t begin = first_column + column * (16 / sizeof(T));
-#pragma unroll kLoadsAhead < kVectorLoads, kRows>
+// The same of rows that are anywhere: place_of(row) after rows, -1: zeros.
+template <typename T, bool kVectorLoads, int kRows, typename PlaceOf>
+__device__ inline void thread_load_listed(StepTile<kRows>& tile, const T* rows, int64_t stride_row,
+                                          const PlaceOf& place_of, int64_t first_column, int64_t dim) {
+  const int64_t begin = first_column + static_cast<int>(threadIdx.x) % kChunks * (16 / sizeof(T));
+#pragma unroll
   for (int i = 0; i < kRows / kRowsPerPass; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsPerPass;
-    const bool valid = row < num_rows;
-    const T* from = rows + (valid ? list[row] * stride_row : 0) + begin;
-    thread_load_chunk<T, kVectorLoads>(tile.chunk(row, column), from, valid, begin, dim, rows);
+    const int64_t place = place_of(row);
+    thread_load_chunk<T, kVectorLoads>(tile, row, place >= 0, rows + max(place, int64_t{0}) * stride_row + begin, rows,
+                                       begin, dim);
   }
 }
 

@@ -27,4 +27,16 @@ TOKRED_HOST_DEVICE uint32_t score_key(float score) {
   return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
 }
 
+// The inverse of score_key, for the key of a number; some NaN for that of NaN.
+TOKRED_HOST_DEVICE float key_score(uint32_t key) {
+  const uint32_t bits = key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu);
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
 }  // namespace tokred

@@ -2,24 +2,19 @@
 // Copyright (c) 2026 The tokred authors
 // A row is read by vector loops and never sorted. Long rows are first cut down: a strided sample gives a pivot below
 // which nothing can matter (checked by counting, with the whole row as fallback), and one pass over the scores writes
-// its survivors, in order. The exact k-th key is then found by counting how many keys reach three pivots at a time, two
-// bits a pass: no branch depends on the data, ties cost nothing. A last pass writes the positions, already in order.
+// its survivors, in order. The k-th key is then searched (topk_search.h), and a last pass writes the positions, already
+// in order.
 #include "common/topk.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define TOKRED_HAS_AVX512_PATH 1
-#endif
+#include "common/topk_search.h"
 
 namespace tokred {
 namespace {
 
-// Keys as signed integers, for which every instruction set has a comparison.
-TOKRED_INLINE int32_t signed_key(uint32_t key) { return static_cast<int32_t>(key ^ 0x80000000u); }
 constexpr int32_t kExcluded = INT32_MIN;
 
 template <typename T>
@@ -29,159 +24,6 @@ TOKRED_CLONES void plain_keys(const T* score, int64_t stride, int64_t n, int32_t
   } else {
     for (int64_t i = 0; i < n; ++i) keys[i] = signed_key(score_key(static_cast<float>(score[i * stride])));
   }
-}
-
-TOKRED_CLONES int64_t count_at_least(const int32_t* keys, int64_t n, int32_t bound) {
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counters inside, wide enough for one piece
-    const int64_t end = n < begin + (1 << 20) ? n : begin + (1 << 20);
-    int32_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += keys[i] >= bound;
-    total += count;
-  }
-  return total;
-}
-
-TOKRED_CLONES void key_range(const int32_t* keys, int64_t n, int32_t* lowest, int32_t* highest) {
-  int32_t low = INT32_MAX, high = INT32_MIN;
-  for (int64_t i = 0; i < n; ++i) {
-    low = keys[i] < low ? keys[i] : low;
-    high = keys[i] > high ? keys[i] : high;
-  }
-  *lowest = low;
-  *highest = high;
-}
-
-// Writes base + i for each keys[i] >= bound, ascending, and the keys themselves if kept_keys is given. Both outputs
-// need 16 elements of slack. Branch-free: about one element per cycle.
-int64_t compact_portable(const int32_t* keys, int64_t n, int32_t bound, int32_t base, int32_t* out,
-                         int32_t* kept_keys) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    out[count] = base + static_cast<int32_t>(i);
-    if (kept_keys) kept_keys[count] = keys[i];
-    count += keys[i] >= bound;
-  }
-  return count;
-}
-
-#ifdef TOKRED_HAS_AVX512_PATH
-// Sixteen at a time: compress in a register, store all, advance by the count. (A compressing store is slow on some
-// CPUs.)
-__attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const int32_t* keys, int64_t n, int32_t bound,
-                                                                 int32_t base, int32_t* out, int32_t* kept_keys) {
-  const __m512i limit = _mm512_set1_epi32(bound);
-  __m512i position = _mm512_add_epi32(_mm512_set1_epi32(base),
-                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const __m512i step = _mm512_set1_epi32(16);
-  int64_t count = 0, i = 0;
-  for (; i + 16 <= n; i += 16, position = _mm512_add_epi32(position, step)) {
-    const __m512i key = _mm512_loadu_si512(keys + i);
-    const __mmask16 take = _mm512_cmpge_epi32_mask(key, limit);
-    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(take, position));
-    if (kept_keys) _mm512_storeu_si512(kept_keys + count, _mm512_maskz_compress_epi32(take, key));
-    count += __builtin_popcount(take);
-  }
-  return count + compact_portable(keys + i, n - i, bound, base + static_cast<int32_t>(i), out + count,
-                                  kept_keys ? kept_keys + count : nullptr);
-}
-#endif
-
-using Compact = int64_t (*)(const int32_t*, int64_t, int32_t, int32_t, int32_t*, int32_t*);
-const Compact compact = [] {
-#ifdef TOKRED_HAS_AVX512_PATH
-  if (__builtin_cpu_supports("avx512f")) return &compact_avx512;
-#endif
-  return &compact_portable;
-}();
-
-// Positions of the scores that reach a number, ascending; NaN never does. out needs 16 elements of slack.
-int64_t reaching_portable(const float* score, int64_t n, float bound, int32_t* out) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    out[count] = static_cast<int32_t>(i);
-    count += score[i] >= bound;
-  }
-  return count;
-}
-
-#ifdef TOKRED_HAS_AVX512_PATH
-// No branch on the data: with one survivor in some thirty tokens none would be predicted. Four vectors a step, so that
-// the running count is a chain of one addition.
-__attribute__((target("avx512f,popcnt"))) int64_t reaching_avx512(const float* score, int64_t n, float bound,
-                                                                  int32_t* out) {
-  const __m512 limit = _mm512_set1_ps(bound);
-  const __m512i step = _mm512_set1_epi32(16);
-  __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  int64_t count = 0, i = 0;
-  for (; i + 64 <= n; i += 64) {
-    for (int line = 0; line < 4; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(score + i + 1024 + 16 * line), _MM_HINT_T0);
-    __mmask16 take[4];
-    for (int v = 0; v < 4; ++v) take[v] = _mm512_cmp_ps_mask(_mm512_loadu_ps(score + i + 16 * v), limit, _CMP_GE_OQ);
-    int64_t offset[5] = {count};
-    for (int v = 0; v < 4; ++v) offset[v + 1] = offset[v] + __builtin_popcount(take[v]);
-    for (int v = 0; v < 4; ++v, position = _mm512_add_epi32(position, step)) {
-      _mm512_storeu_si512(out + offset[v], _mm512_maskz_compress_epi32(take[v], position));
-    }
-    count = offset[4];
-  }
-  for (; i < n; ++i) {
-    out[count] = static_cast<int32_t>(i);
-    count += score[i] >= bound;
-  }
-  return count;
-}
-#endif
-
-using Reaching = int64_t (*)(const float*, int64_t, float, int32_t*);
-const Reaching reaching = [] {
-#ifdef TOKRED_HAS_AVX512_PATH
-  if (__builtin_cpu_supports("avx512f")) return &reaching_avx512;
-#endif
-  return &reaching_portable;
-}();
-
-// How many of keys[0, n), n < 2^31, reach each of three pivots.
-TOKRED_CLONES void count_three(const int32_t* keys, int64_t n, const int32_t* pivot, int64_t* count) {
-  const int32_t p0 = pivot[0], p1 = pivot[1], p2 = pivot[2];
-  int32_t c0 = 0, c1 = 0, c2 = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    c0 += keys[i] >= p0;
-    c1 += keys[i] >= p1;
-    c2 += keys[i] >= p2;
-  }
-  count[0] = c0;
-  count[1] = c1;
-  count[2] = c2;
-}
-
-// A bound that at least k keys reach, and none above it that many do; or one that exactly k reach. 1 <= k <= n.
-int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k) {
-  int32_t low, high;
-  key_range(keys, n, &low, &high);
-  int64_t lo = low, hi = int64_t{high} + 1;  // at least k keys are >= lo; fewer than k are >= hi
-  while (hi - lo > 1) {
-    const int64_t step = (hi - lo + 3) / 4;
-    int32_t pivot[3];
-    int64_t place[3], count[3];
-    for (int p = 0; p < 3; ++p) {
-      place[p] = lo + (p + 1) * step < hi ? lo + (p + 1) * step : hi - 1;
-      pivot[p] = static_cast<int32_t>(place[p]);
-    }
-    count_three(keys, n, pivot, count);
-    int64_t reached = 0;
-    for (int p = 2; p >= 0 && reached == 0; --p) {
-      if (count[p] >= k) {
-        lo = place[p];
-        reached = count[p];
-      } else {
-        hi = place[p];
-      }
-    }
-    if (reached == k) break;  // selects exactly the k wanted, as the k-th key itself would
-  }
-  return static_cast<int32_t>(lo);
 }
 
 constexpr int64_t kSample = 512;  // keys looked at to guess a pivot
@@ -201,7 +43,8 @@ int32_t guess_pivot(const TopkRow<T>& row, int64_t k) {
   const int64_t expected = k * kSample / row.num_tokens;
   int64_t rank = expected + 2;
   while (rank < kSample && (rank - expected) * (rank - expected) < 12 * (expected + 1)) ++rank;
-  return rank >= kSample ? kExcluded : kth_largest(sample, kSample, rank);
+  int32_t spare[kSample + 16];
+  return rank >= kSample ? kExcluded : kth_largest(sample, kSample, rank, spare).bound;
 }
 
 // Keys and positions of the tokens that reach pivot, the key of a number.
@@ -215,7 +58,7 @@ int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
       const uint32_t bits = key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu);  // the inverse of score_key
       float bound;
       std::memcpy(&bound, &bits, sizeof(bound));
-      count = reaching(row.score, row.num_tokens, bound, positions);
+      count = reaching_scores(row.score, row.num_tokens, bound, positions);
       for (int64_t i = 0; i < count; ++i) keys[i] = signed_key(score_key(row.score[positions[i]]));
       return count;
     }
@@ -225,42 +68,52 @@ int64_t survivors(const TopkRow<T>& row, int32_t pivot, TopkScratch& scratch) {
   for (int64_t begin = 0; begin < row.num_tokens; begin += kPiece) {
     const int64_t n = row.num_tokens - begin < kPiece ? row.num_tokens - begin : kPiece;
     plain_keys(row.score + begin * row.stride, row.stride, n, piece);
-    count += compact(piece, n, pivot, static_cast<int32_t>(begin), positions + count, keys + count);
+    count += compact_keys(piece, n, pivot, static_cast<int32_t>(begin), positions + count, keys + count);
   }
   return count;
 }
 
-// Ranks changed by what is forced and excluded; returns how many tokens are eligible.
-template <typename T>
-int64_t apply_masks(const TopkRow<T>& row, int64_t k, int32_t* keys) {
-  const int32_t n = row.num_tokens;
-  int64_t forced = 0, excluded = 0;
+// Ranks changed by what is forced and excluded; returns how many tokens are eligible. Selects, not branches: masks are
+// not to be predicted.
+template <bool kKeep, bool kDrop>
+TOKRED_CLONES int64_t apply_masks(const uint8_t* keep, const uint8_t* drop, int32_t keep_before, int32_t keep_from,
+                                  int32_t n, int64_t k, int32_t* keys) {
+  int32_t forced = 0, excluded = 0;
   for (int32_t i = 0; i < n; ++i) {
-    const bool out = row.drop && row.drop[i];
+    int32_t out = 0, force = (i < keep_before) | (i >= keep_from);
+    if constexpr (kDrop) out = drop[i] != 0;
+    if constexpr (kKeep) force |= keep[i] != 0;
     excluded += out;
-    forced += !out && row.forced(i);
+    forced += force & ~out;
   }
-  const bool crowded = forced > k;  // then only the forced compete, by their scores
+  const int32_t crowded = forced > k;  // then only the forced compete, by their scores
   for (int32_t i = 0; i < n; ++i) {
-    const bool force = row.forced(i);
-    if ((row.drop && row.drop[i]) || (crowded && !force)) {
-      keys[i] = kExcluded;
-    } else if (force && !crowded) {
-      keys[i] = signed_key(kKeyForced);
-    }
+    int32_t out = 0, force = (i < keep_before) | (i >= keep_from);
+    if constexpr (kDrop) out = drop[i] != 0;
+    if constexpr (kKeep) force |= keep[i] != 0;
+    const int32_t key = force & ~crowded ? signed_key(kKeyForced) : keys[i];
+    keys[i] = out | (crowded & ~force) ? kExcluded : key;
   }
   return crowded ? forced : n - excluded;
 }
 
+template <typename T>
+int64_t mask_keys(const TopkRow<T>& row, int64_t k, int32_t* keys) {
+  const auto apply = row.keep   ? row.drop ? apply_masks<true, true> : apply_masks<true, false>
+                       : row.drop ? apply_masks<false, true>
+                                : apply_masks<false, false>;
+  return apply(row.keep, row.drop, row.keep_before, row.keep_from, row.num_tokens, k, keys);
+}
+
 // Writes the places in keys[0, n) of the k largest, ascending; at least k keys are eligible.
-void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* out) {
-  const int32_t bound = kth_largest(keys, n, k);
-  int64_t surplus = count_at_least(keys, n, bound) - k;  // ties of the bound beyond k: the last ones leave
-  int64_t tied = n;                                      // tokens from here on need a key above the bound
+void take_largest(const int32_t* keys, int64_t n, int64_t k, int32_t* spare, int32_t* out) {
+  const auto [bound, reached] = kth_largest(keys, n, k, spare);
+  int64_t surplus = reached - k;  // ties of the bound beyond k: the last ones leave
+  int64_t tied = n;               // tokens from here on need a key above the bound
   while (surplus > 0) surplus -= keys[--tied] == bound;
-  const int64_t count = compact(keys, tied, bound, 0, out, nullptr);
+  const int64_t count = compact_keys(keys, tied, bound, 0, out, nullptr);
   if (tied < n && bound < INT32_MAX) {
-    compact(keys + tied, n - tied, bound + 1, static_cast<int32_t>(tied), out + count, nullptr);
+    compact_keys(keys + tied, n - tied, bound + 1, static_cast<int32_t>(tied), out + count, nullptr);
   }
 }
 
@@ -320,16 +173,17 @@ int64_t topk_ascending(const TopkRow<T>& row, int64_t k, int32_t* out, TopkScrat
     if (pivot > signed_key(kKeyNaN)) {
       const int64_t count = survivors(row, pivot, scratch);
       if (count >= k) {  // else the guess was too high: use the whole row
-        take_largest(scratch.keys.data(), count, k, out);
+        take_largest(scratch.keys.data(), count, k, scratch.spare.data(), out);
         for (int64_t i = 0; i < k; ++i) out[i] = scratch.positions[out[i]];
         return k;
       }
     }
   }
-  plain_keys(row.score, row.stride, n, scratch.keys.data());
-  const int64_t eligible = masked ? apply_masks(row, k, scratch.keys.data()) : n;
+  int32_t* keys = scratch.keys.data();
+  plain_keys(row.score, row.stride, n, keys);
+  const int64_t eligible = masked ? mask_keys(row, k, keys) : n;
   k = k < eligible ? k : eligible;
-  if (k > 0) take_largest(scratch.keys.data(), n, k, out);
+  if (k > 0) take_largest(keys, n, k, scratch.spare.data(), out);
   return k;
 }
 
@@ -337,7 +191,7 @@ int64_t topk_rest(const int32_t* kept, int64_t count, int64_t num_tokens, TopkSc
   int32_t* left = scratch.keys.data();
   std::fill_n(left, num_tokens, 1);
   for (int64_t i = 0; i < count; ++i) left[kept[i]] = 0;
-  return compact(left, num_tokens, 1, 0, scratch.positions.data(), nullptr);
+  return compact_keys(left, num_tokens, 1, 0, scratch.positions.data(), nullptr);
 }
 
 template <typename T>

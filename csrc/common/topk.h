@@ -12,9 +12,11 @@ namespace tokred {
 
 // Scratch of one thread for rows of up to max_tokens.
 struct TopkScratch {
-  explicit TopkScratch(int64_t max_tokens) : keys(max_tokens + 64), positions(max_tokens + 64) {}
+  explicit TopkScratch(int64_t max_tokens)
+      : keys(max_tokens + 64), positions(max_tokens + 64), spare(max_tokens + 64) {}
   AlignedBuffer<int32_t> keys;       // of the tokens still in play
   AlignedBuffer<int32_t> positions;  // theirs
+  AlignedBuffer<int32_t> spare;      // of the keys among which the k-th is
 };
 
 // The positions of the k best tokens of the row, ties to the lowest position, ascending, to out, which needs room for

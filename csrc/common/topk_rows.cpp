@@ -6,7 +6,7 @@
 namespace tokred {
 namespace {
 
-void write_list(const int32_t* list, int64_t count, int64_t length, int64_t* out) {
+TOKRED_CLONES void write_list(const int32_t* list, int64_t count, int64_t length, int64_t* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = list[i];
   for (int64_t i = count; i < length; ++i) out[i] = -1;
 }

@@ -41,11 +41,10 @@ __device__ inline TopkEligible row_eligible(const TopkRow<T>& row, int k, Team& 
   return count[0] > k ? TopkEligible{count[0], true} : TopkEligible{count[1], false};
 }
 
-// Calls emit(slot, token) for the kept tokens of a row; returns how many there are. kItems 0 streams the row.
+// Calls emit(slot, token) for the kept tokens of a row, wanted at most; returns how many there are. kItems 0 streams
+// the row.
 template <typename T, int kItems, typename Team, typename Emit>
-__device__ inline int select_row(const TopkRows& args, int64_t row_idx, Team& team, Emit&& emit) {
-  const TopkRow<T> row = topk_row<T>(args, row_idx);
-  const int wanted = static_cast<int>(topk_count(args, row_idx));
+__device__ inline int select_in_row(const TopkRow<T>& row, int wanted, Team& team, Emit&& emit) {
   const TopkEligible eligible = row_eligible(row, wanted, team);
   const int k = min(wanted, eligible.count);
   if (k == 0) return 0;  // the same in the whole team
@@ -55,6 +54,10 @@ __device__ inline int select_row(const TopkRows& args, int64_t row_idx, Team& te
   } else {
     return topk_emit(StreamKeys<decltype(key_at)>{key_at, row.num_tokens}, k, team, emit);
   }
+}
+template <typename T, int kItems, typename Team, typename Emit>
+__device__ inline int select_row(const TopkRows& args, int64_t row_idx, Team& team, Emit&& emit) {
+  return select_in_row<T, kItems>(topk_row<T>(args, row_idx), static_cast<int>(topk_count(args, row_idx)), team, emit);
 }
 
 // The token at place j of those that are not among the ascending kept_at(0 .. count - 1): j plus the number of kept

@@ -31,10 +31,8 @@ TOKRED_INLINE float max_lanes(float (&lanes)[kLanes]) {  // none is NaN
 // 2^x, relative error below 2e-7. 0 below 2^-125 (and for -inf), +inf from 2^128 on, NaN for NaN.
 TOKRED_INLINE float poly_exp2(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer n in the low bits
-  float v = x < -125.f ? -125.f : x;
-  v = v > 128.f ? 128.f : v;
-  const float shifted = v + kRound;
-  const float f = v - (shifted - kRound);  // in [-1/2, 1/2], exact
+  const float shifted = x + kRound;
+  const float f = x - (shifted - kRound);  // in [-1/2, 1/2], exact; beyond the range all this is without meaning
   // 2 * 2^f: (2^f - 1) / f interpolated at the 6 Chebyshev nodes of [-1/2, 1/2]. Doubled, so that the other factor is
   // 2^(n - 1): a finite number for n = 128 and a normal one for n = -125.
   float p = 2 * 0.00015453163f;
@@ -49,8 +47,8 @@ TOKRED_INLINE float poly_exp2(float x) {
   bits = (bits << 23) + (126u << 23);  // the bits of 2^(n - 1); those of kRound itself are shifted out
   float scale;
   memcpy(&scale, &bits, sizeof(scale));
-  const float y = p * scale;
-  return x < -125.f ? 0.f : y;
+  const float y = p * scale, small = x < -125.f ? 0.f : y;
+  return x > 128.f ? __builtin_inff() : small;
 }
 
 // tanh(x), relative error below 4e-7; NaN for NaN.

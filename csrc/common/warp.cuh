@@ -92,6 +92,20 @@ __device__ inline T warp_inclusive_scan(T value) {
   return value;
 }
 
+// The largest b in [0, last] with before(b) <= value, where before grows and before(0) <= value. Valid in every lane.
+template <typename Before>
+__device__ inline int warp_search(int last, int64_t value, const Before& before) {
+  int low = 0, count = last + 1;
+  while (count > 1) {
+    const int step = (count + kWarpSize - 1) / kWarpSize, at = low + lane_index() * step;
+    const unsigned votes = __ballot_sync(kFullMask, at < low + count && before(at) <= value);
+    const int passed = max(__popc(votes) - 1, 0) * step;
+    low += passed;
+    count = min(step, count - passed);
+  }
+  return low;
+}
+
 // kVec values of T, moved by one load or store of sizeof(T) * kVec bytes (1 to 16), which is also the alignment.
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Pack {

@@ -4,10 +4,8 @@
 // by one block each in about 2 us of latency; blocks that share a row repeat that instead of waiting for each other,
 // and each copies its part of the kept rows: one launch. Longer rows are selected first (common/topk_rows.cu) and
 // copied by a last launch.
-#include "common/copy_rows.cuh"
 #include "common/launch.cuh"
-#include "common/topk_rows.cuh"
-#include "compact/prune_topk.h"
+#include "compact/prune_rows.cuh"
 
 namespace tokred {
 namespace {
@@ -21,30 +19,10 @@ template <typename T, int kItems>
 __global__ void __launch_bounds__(1024) prune_topk_fused_kernel(const PruneTopkArgs args, int splits) {
   TOKRED_SHARED(SelectStorage, shared);
   TOKRED_SHARED_TAIL(SelectStorage, tail);
-  int* kept = reinterpret_cast<int*>(tail);
   const int64_t batch_idx = blockIdx.x / splits;
-  const int split = static_cast<int>(blockIdx.x % splits);
-  const int k = static_cast<int>(args.rows.k);
   BlockTeam team(shared.topk);
-  const int count = select_row<T, kItems>(args.rows, batch_idx, team, [&](int slot, int token) { kept[slot] = token; });
-  for (int slot = count + static_cast<int>(threadIdx.x); slot < k; slot += static_cast<int>(blockDim.x))
-    kept[slot] = -1;
-  __syncthreads();  // the list is whole
-  if (split == 0) {
-    for (int slot = static_cast<int>(threadIdx.x); slot < k; slot += static_cast<int>(blockDim.x)) {
-      args.rows.kept_idx[batch_idx * k + slot] = kept[slot];
-    }
-    if (args.rows.num_kept && threadIdx.x == 0) args.rows.num_kept[batch_idx] = count;
-  }
-  const int64_t begin = topk_span(args.rows, batch_idx).begin;
-  for (int t = 0; t < args.num_tensors; ++t) {
-    const RowTensor& tensor = args.tensors[t];
-    const int width = copy_width(tensor);
-    const int64_t units = k * (tensor.row_bytes / width), share = ceil_div<int64_t>(units, splits);
-    const int64_t first = split * share, last = first + share < units ? first + share : units;
-    copy_range(tensor, width, k, batch_idx * units + first, batch_idx * units + last,
-               [&](int64_t, int64_t, int64_t slot) -> int64_t { return kept[slot] < 0 ? -1 : begin + kept[slot]; });
-  }
+  block_select_and_copy<kItems>(args, batch_idx, topk_row<T>(args.rows, batch_idx),
+                                static_cast<int>(blockIdx.x % splits), splits, team, reinterpret_cast<int*>(tail));
 }
 
 __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)

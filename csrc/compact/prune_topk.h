@@ -35,6 +35,9 @@ constexpr int64_t prune_topk_splits(int64_t batch_size, int64_t k, int64_t row_b
   return wanted < 1 ? 1 : wanted < room ? wanted : room;
 }
 
+// Adds the launches of such a call.
+void plan_prune_topk(Plan& plan, int64_t batch_size, int64_t max_seqlen, int64_t k, int64_t row_bytes);
+
 void prune_topk_cpu(const PruneTopkArgs& args);
 int prune_topk_cuda(const PruneTopkArgs& args, CUstream_st* stream);  // returns a cudaError_t
 

@@ -8,9 +8,9 @@
 // columns and atomics change no bit.
 #include "common/block.cuh"
 #include "common/launch.cuh"
-#include "common/pair_tiles.cuh"
 #include "common/score_key.h"
 #include "merge/cluster_dpc_knn.h"
+#include "merge/cluster_tiles.cuh"
 
 namespace tokred {
 namespace {
@@ -23,12 +23,12 @@ __device__ inline const T* first_row(const ClusterDpcArgs& a, int64_t batch_idx,
 }
 // All tokens of a sequence, and some by list.
 template <typename T>
-__device__ inline PairRows<T, false> all_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span) {
+__device__ inline ClusterTileRows<T, false> all_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span) {
   return {first_row<T>(a, batch_idx, span), a.stride_token, nullptr, static_cast<int>(span.len)};
 }
 template <typename T>
-__device__ inline PairRows<T, true> listed_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span,
-                                                const int32_t* list, int64_t count) {
+__device__ inline ClusterTileRows<T, true> listed_rows(const ClusterDpcArgs& a, int64_t batch_idx, const DpcSpan& span,
+                                                       const int32_t* list, int64_t count) {
   return {first_row<T>(a, batch_idx, span), a.stride_token, list, static_cast<int>(count)};
 }
 __device__ inline bool is_dropped(const ClusterDpcArgs& a, int64_t token) { return a.drop_mask && a.drop_mask[token]; }
@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kTileThreads) dpc_prepare_kernel(const Cluster
   }
   const BlockPlace at = block_place(blockIdx.x, dpc_prepare_blocks(a));
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  block_squares<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), at.block * kDpcPrepareRows, a.dim,
-                                 [&](int row, float square) {
-                                   const int64_t token = span.first + row;
-                                   const float none = __uint_as_float(0x7fc00000u);
-                                   a.square[token] = is_dropped(a, token) ? none : dpc_square(square);
-                                   a.denser[token] = kInfBits;
-                                   a.nearest[token] = ~0ull;
-                                 });
+  block_cluster_squares<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), at.block * kDpcPrepareRows, a.dim,
+                                         [&](int row, float square) {
+                                           const int64_t token = span.first + row;
+                                           const float none = __uint_as_float(0x7fc00000u);
+                                           a.square[token] = is_dropped(a, token) ? none : dpc_square(square);
+                                           a.denser[token] = kInfBits;
+                                           a.nearest[token] = ~0ull;
+                                         });
 }
 
 // Puts a distance into an ascending list, out of which the largest falls. NaN changes nothing.
@@ -80,25 +80,25 @@ __device__ inline void thread_keep(float (&list)[kKept], float distance) {
 template <typename T, bool kVectorLoads, int kKept>
 __global__ void __launch_bounds__(kTileThreads, 2)
     dpc_nearest_kernel(const ClusterDpcArgs a, int64_t row_blocks, int num_splits) {
-  TOKRED_SHARED(PairStorage, shared);
+  TOKRED_SHARED(ClusterTileStorage, shared);
   const int split = static_cast<int>(blockIdx.x) % num_splits;
   const BlockPlace at = block_place(blockIdx.x / static_cast<unsigned>(num_splits), row_blocks);
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  const int row_begin = at.block * kPairBlockRows;
+  const int row_begin = at.block * kClusterBlockRows;
   if (row_begin >= span.len) return;  // the whole block
-  const PairRows<T, false> rows = all_rows<T>(a, at.batch_idx, span);
-  const int num_tiles = static_cast<int>(ceil_div<int64_t>(span.len, kPairBlockCols));
+  const ClusterTileRows<T, false> rows = all_rows<T>(a, at.batch_idx, span);
+  const int num_tiles = static_cast<int>(ceil_div<int64_t>(span.len, kClusterBlockCols));
   float list[4][kKept], largest = 0.f;
 #pragma unroll
   for (int i = 0; i < 4 * kKept; ++i) list[i / kKept][i % kKept] = __uint_as_float(kInfBits);
   const auto square_of = [&](int row) { return a.square[span.first + row]; };
-  block_for_pairs<T, kVectorLoads>(shared, rows, row_begin, rows, num_tiles * split / num_splits,
-                                   num_tiles * (split + 1) / num_splits, a.dim, square_of, square_of,
-                                   [&](int r, int, int, float product, float row_square, float col_square) {
-                                     const float distance = pair_distance(product, row_square, col_square);
-                                     if (distance > largest) largest = distance;
-                                     if (distance < list[r][kKept - 1]) thread_keep(list[r], distance);
-                                   });
+  block_for_cluster_pairs<T, kVectorLoads>(shared, rows, row_begin, rows, num_tiles * split / num_splits,
+                                           num_tiles * (split + 1) / num_splits, a.dim, square_of, square_of,
+                                           [&](int r, int, int, float product, float row_square, float col_square) {
+                                             const float distance = cluster_distance(product, row_square, col_square);
+                                             if (distance > largest) largest = distance;
+                                             if (distance < list[r][kKept - 1]) thread_keep(list[r], distance);
+                                           });
   largest = warp_max(largest);
   if (lane_index() == 0 && largest > 0.f) atomicMax(a.farthest + at.batch_idx, __float_as_uint(largest));
   // Four lanes share a row, and so do two warps, whose lists are shares of their own.
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
       for (int i = 0; i < kKept; ++i) thread_keep(list[r], other[i]);
     }
-    const int row = thread_pair_row(row_begin, r);
+    const int row = thread_cluster_row(row_begin, r);
     if (lane_index() % 4 != 0 || row >= span.len) continue;
     float* to = a.partial + ((2 * split + warp_index() / 2) * tokens + span.first + row) * kKept;
 #pragma unroll
@@ -195,30 +195,30 @@ __global__ void __launch_bounds__(kDpcRankThreads) dpc_rank_kernel(const Cluster
 template <typename T, bool kVectorLoads>
 __global__ void __launch_bounds__(kTileThreads, 2)
     dpc_denser_kernel(const ClusterDpcArgs a, int64_t row_blocks, int num_splits) {
-  TOKRED_SHARED(PairStorage, shared);
+  TOKRED_SHARED(ClusterTileStorage, shared);
   const int split = static_cast<int>(blockIdx.x) % num_splits;
   const BlockPlace at = block_place(blockIdx.x / static_cast<unsigned>(num_splits), row_blocks);
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  const int row_begin = (static_cast<int>(row_blocks) - 1 - at.block) * kPairBlockRows;
+  const int row_begin = (static_cast<int>(row_blocks) - 1 - at.block) * kClusterBlockRows;
   if (row_begin >= span.len) return;  // the whole block
   const int32_t* order = a.order + span.first;
-  const PairRows<T, true> rows = listed_rows<T>(a, at.batch_idx, span, order, span.len);
-  const int num_tiles =
-      static_cast<int>(ceil_div(min(static_cast<int>(span.len), row_begin + kPairBlockRows), int{kPairBlockCols}));
+  const ClusterTileRows<T, true> rows = listed_rows<T>(a, at.batch_idx, span, order, span.len);
+  const int num_tiles = static_cast<int>(
+      ceil_div(min(static_cast<int>(span.len), row_begin + kClusterBlockRows), int{kClusterBlockCols}));
   float smallest[4];
 #pragma unroll
   for (float& value : smallest) value = __uint_as_float(kInfBits);
   const auto square_of = [&](int row) { return a.square[span.first + row]; };
-  block_for_pairs<T, kVectorLoads>(shared, rows, row_begin, rows, num_tiles * split / num_splits,
-                                   num_tiles * (split + 1) / num_splits, a.dim, square_of, square_of,
-                                   [&](int r, int row, int col, float product, float row_square, float col_square) {
-                                     const float distance = pair_distance(product, row_square, col_square);
-                                     if (col < row && distance < smallest[r]) smallest[r] = distance;
-                                   });
+  block_for_cluster_pairs<T, kVectorLoads>(
+      shared, rows, row_begin, rows, num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
+      square_of, square_of, [&](int r, int row, int col, float product, float row_square, float col_square) {
+        const float distance = cluster_distance(product, row_square, col_square);
+        if (col < row && distance < smallest[r]) smallest[r] = distance;
+      });
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const uint32_t bits = warp_reduce<4>(__float_as_uint(smallest[r]), Min());
-    const int row = thread_pair_row(row_begin, r);
+    const int row = thread_cluster_row(row_begin, r);
     if (lane_index() % 4 == 0 && row < span.len && bits != kInfBits) {
       atomicMin(a.denser + span.first + order[row], bits);
     }
@@ -281,14 +281,14 @@ __global__ void __launch_bounds__(kDpcCentreThreads) dpc_centres_kernel(const Cl
 template <typename T, bool kVectorLoads>
 __global__ void __launch_bounds__(kTileThreads, 2)
     dpc_assign_kernel(const ClusterDpcArgs a, int64_t row_blocks, int num_splits) {
-  TOKRED_SHARED(PairStorage, shared);
+  TOKRED_SHARED(ClusterTileStorage, shared);
   const int split = static_cast<int>(blockIdx.x) % num_splits;
   const BlockPlace at = block_place(blockIdx.x / static_cast<unsigned>(num_splits), row_blocks);
   const DpcSpan span = dpc_span(a, at.batch_idx);
-  const int row_begin = at.block * kPairBlockRows;
+  const int row_begin = at.block * kClusterBlockRows;
   if (row_begin >= span.len) return;  // the whole block
   const int num_centres = a.num_centres[at.batch_idx];
-  const int num_tiles = ceil_div(num_centres, int{kPairBlockCols});
+  const int num_tiles = ceil_div(num_centres, int{kClusterBlockCols});
   float smallest[4];
   int place[4];
 #pragma unroll
@@ -297,17 +297,17 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     place[r] = -1;
   }
   const auto square_of = [&](int row) { return a.square[span.first + row]; };
-  block_for_pairs<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), row_begin,
-                                   listed_rows<T>(a, at.batch_idx, span, a.centre + span.first, num_centres),
-                                   num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
-                                   square_of, square_of,
-                                   [&](int r, int, int col, float product, float row_square, float col_square) {
-                                     const float distance = pair_distance(product, row_square, col_square);
-                                     if (distance < smallest[r]) {  // columns ascend: ties stay with the lowest
-                                       smallest[r] = distance;
-                                       place[r] = col;
-                                     }
-                                   });
+  block_for_cluster_pairs<T, kVectorLoads>(shared, all_rows<T>(a, at.batch_idx, span), row_begin,
+                                           listed_rows<T>(a, at.batch_idx, span, a.centre + span.first, num_centres),
+                                           num_tiles * split / num_splits, num_tiles * (split + 1) / num_splits, a.dim,
+                                           square_of, square_of,
+                                           [&](int r, int, int col, float product, float row_square, float col_square) {
+                                             const float distance = cluster_distance(product, row_square, col_square);
+                                             if (distance < smallest[r]) {  // columns ascend: ties stay with the lowest
+                                               smallest[r] = distance;
+                                               place[r] = col;
+                                             }
+                                           });
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     unsigned long long best = ~0ull;
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       best = static_cast<unsigned long long>(__float_as_uint(smallest[r])) << 32 | static_cast<unsigned>(place[r]);
     }
     best = warp_reduce<4>(best, Min());
-    const int row = thread_pair_row(row_begin, r);
+    const int row = thread_cluster_row(row_begin, r);
     if (lane_index() % 4 == 0 && row < span.len && best != ~0ull) atomicMin(a.nearest + span.first + row, best);
   }
 }
@@ -346,7 +346,7 @@ int run(const ClusterDpcArgs& a, const ClusterDpcPolicy& policy, CUstream_st* st
       launch(dpc_prepare_kernel<T, kVectorLoads>, dim3(static_cast<unsigned>(a.batch_size * dpc_prepare_blocks(a))),
              tile, sizeof(StepTile<kTileThreads>), stream, a);
   if (error != cudaSuccess) return error;
-  error = launch(dpc_nearest_kernel<T, kVectorLoads, kKept>, pairs, tile, sizeof(PairStorage), stream, a,
+  error = launch(dpc_nearest_kernel<T, kVectorLoads, kKept>, pairs, tile, sizeof(ClusterTileStorage), stream, a,
                  policy.row_blocks, policy.splits);
   if (error != cudaSuccess) return error;
   error = launch(dpc_density_kernel<kKept>, by_tokens(kDpcTokenThreads), dim3(kDpcTokenThreads), 0, stream, a,
@@ -354,8 +354,8 @@ int run(const ClusterDpcArgs& a, const ClusterDpcPolicy& policy, CUstream_st* st
   if (error != cudaSuccess) return error;
   error = launch(dpc_rank_kernel, ranked, ranking, sizeof(RankStorage), stream, a);
   if (error != cudaSuccess) return error;
-  error = launch(dpc_denser_kernel<T, kVectorLoads>, pairs, tile, sizeof(PairStorage), stream, a, policy.row_blocks,
-                 policy.splits);
+  error = launch(dpc_denser_kernel<T, kVectorLoads>, pairs, tile, sizeof(ClusterTileStorage), stream, a,
+                 policy.row_blocks, policy.splits);
   if (error != cudaSuccess) return error;
   error = launch(dpc_score_kernel, ranked, ranking, sizeof(RankStorage), stream, a);
   if (error != cudaSuccess) return error;
@@ -363,7 +363,7 @@ int run(const ClusterDpcArgs& a, const ClusterDpcPolicy& policy, CUstream_st* st
                  sizeof(CentreStorage), stream, a);
   if (error != cudaSuccess) return error;
   error = launch(dpc_assign_kernel<T, kVectorLoads>, dim3(static_cast<unsigned>(row_blocks * policy.centre_splits)),
-                 tile, sizeof(PairStorage), stream, a, policy.row_blocks, policy.centre_splits);
+                 tile, sizeof(ClusterTileStorage), stream, a, policy.row_blocks, policy.centre_splits);
   if (error != cudaSuccess) return error;
   return launch(dpc_finish_kernel, by_tokens(kDpcTokenThreads), dim3(kDpcTokenThreads), 0, stream, a);
 }

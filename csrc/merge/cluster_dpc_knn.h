@@ -8,8 +8,8 @@
 
 #include "common/dispatch.h"
 #include "common/fixed_point.h"
-#include "common/pair_tiles.h"
 #include "common/ragged.h"
+#include "merge/cluster_tiles.h"
 
 namespace tokred {
 
@@ -87,10 +87,10 @@ struct ClusterDpcPolicy {
   int64_t row_blocks;         // of a sequence
 };
 constexpr ClusterDpcPolicy choose_policy(const ClusterDpcArgs& a, uint64_t address) {
-  const int64_t blocks = ceil_div(a.max_seqlen, int64_t{kPairBlockRows});
-  const int splits = pair_splits(a.batch_size * blocks, a.max_seqlen);
+  const int64_t blocks = ceil_div(a.max_seqlen, int64_t{kClusterBlockRows});
+  const int splits = cluster_splits(a.batch_size * blocks, a.max_seqlen);
   return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch), a.k <= 8 ? 8 : 16,
-          splits, pair_splits(a.batch_size * blocks, a.num_clusters), blocks};
+          splits, cluster_splits(a.batch_size * blocks, a.num_clusters), blocks};
 }
 
 void cluster_dpc_knn_cpu(const ClusterDpcArgs& args);

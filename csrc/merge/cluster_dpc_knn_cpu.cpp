@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// Three passes over pairs, each by tasks of a block of rows (common/pair_panel.h), with the sequences' ranking between
-// them: all pairs for the nearest neighbours; pairs of a token and a denser one, half of all since rows and columns
-// come in the order of density, for the nearest denser token; tokens and centres for the clusters.
+// Three passes over pairs, each by tasks of a block of rows (merge/cluster_panel.h), with the sequences' ranking
+// between them: all pairs for the nearest neighbours; pairs of a token and a denser one, half of all since rows and
+// columns come in the order of density, for the nearest denser token; tokens and centres for the clusters.
 #include "merge/cluster_dpc_knn.h"
 
 #include <algorithm>
 
-#include "common/pair_panel.h"
 #include "common/topk.h"
+#include "merge/cluster_panel.h"
 
 namespace tokred {
 namespace {
@@ -44,7 +44,7 @@ struct Scratch {
         value(padded_lanes_of(max_rows)),
         best_col(padded_lanes_of(max_rows) * kVecLanes),
         col(padded_lanes_of(max_rows)) {}
-  PairScratch pairs;
+  ClusterScratch pairs;
   AlignedBuffer<float> row_square, lanes, value;
   AlignedBuffer<int32_t> best_col, col;
 };
@@ -131,7 +131,7 @@ struct Sequence {
     first = span.first;
     x = static_cast<const T*>(args.x) + batch_idx * args.stride_batch + span.begin * args.stride_token;
   }
-  PairRows<T> rows(const int32_t* list) const { return {x, a.stride_token, list, a.dim}; }
+  ClusterRows<T> rows(const int32_t* list) const { return {x, a.stride_token, list, a.dim, a.dtype}; }
   bool dropped(int64_t token) const { return a.drop_mask && a.drop_mask[first + token]; }
   // The squared norms of the listed tokens; NaN beyond count.
   void gather_squares(const int32_t* list, int64_t count, int64_t padded, float* out) const {
@@ -266,11 +266,11 @@ template <typename T, typename Count, typename Body>
 void for_blocks(const ClusterDpcArgs& a, State& s, int64_t num_blocks, const Count& count, const Body& body) {
   const int64_t pairs = ceil_div(num_blocks, int64_t{2});
   parallel_for(a.batch_size * pairs, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch(a, pair_block_rows(kMaxRows, kMaxRows));
+    Scratch scratch(a, cluster_block_rows(kMaxRows, kMaxRows));
     for (int64_t task = 2 * first; task < 2 * last; ++task) {
       const int64_t batch = task / 2 / pairs, pair = task / 2 % pairs;
       Sequence<T> sequence(a, s, batch);
-      const int64_t rows = count(sequence), step = pair_block_rows(rows, kMaxRows), blocks = ceil_div(rows, step);
+      const int64_t rows = count(sequence), step = cluster_block_rows(rows, kMaxRows), blocks = ceil_div(rows, step);
       const int64_t block = task % 2 ? blocks - 1 - pair : pair;
       if (pair >= ceil_div(blocks, int64_t{2}) || (task % 2 && block == pair)) continue;
       body(sequence, block * step, std::min(block * step + step, rows), batch * num_blocks + block, scratch);

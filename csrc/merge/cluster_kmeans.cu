@@ -6,9 +6,9 @@
 // depends on who comes first.
 #include "common/block.cuh"
 #include "common/launch.cuh"
-#include "common/pair_tiles.cuh"
 #include "common/score_key.h"
 #include "merge/cluster_kmeans.h"
+#include "merge/cluster_tiles.cuh"
 
 namespace tokred {
 namespace {
@@ -18,11 +18,11 @@ __device__ inline const T* token_row(const ClusterKmeansArgs& a, int64_t batch_i
   return static_cast<const T*>(a.x) + batch_idx * a.stride_batch + token * a.stride_token;
 }
 template <typename T>
-__device__ inline PairRows<T, false> tokens_of(const ClusterKmeansArgs& a, int64_t batch_idx) {
+__device__ inline ClusterTileRows<T, false> tokens_of(const ClusterKmeansArgs& a, int64_t batch_idx) {
   return {token_row<T>(a, batch_idx, 0), a.stride_token, nullptr, static_cast<int>(a.num_tokens)};
 }
 template <typename T>
-__device__ inline PairRows<T, false> centroids_of(const ClusterKmeansArgs& a, int64_t batch_idx) {
+__device__ inline ClusterTileRows<T, false> centroids_of(const ClusterKmeansArgs& a, int64_t batch_idx) {
   return {static_cast<const T*>(a.centroids) + batch_idx * a.num_clusters * a.dim, a.dim, nullptr,
           static_cast<int>(a.num_clusters)};
 }
@@ -43,14 +43,14 @@ template <typename T, bool kVectorLoads>
 __global__ void __launch_bounds__(kTileThreads) kmeans_prepare_kernel(const ClusterKmeansArgs a) {
   TOKRED_SHARED(StepTile<kTileThreads>, shared);
   const int64_t blocks = ceil_div<int64_t>(a.num_tokens, kKmeansPrepareRows), batch_idx = blockIdx.x / blocks;
-  block_squares<T, kVectorLoads>(shared, tokens_of<T>(a, batch_idx),
-                                 static_cast<int>(blockIdx.x % blocks) * kKmeansPrepareRows, a.dim,
-                                 [&](int row, float square) {
-                                   const int64_t token = batch_idx * a.num_tokens + row;
-                                   a.term[token] = kmeans_term(a.cosine, square, a.drop_mask && a.drop_mask[token]);
-                                   a.distance[token] = __uint_as_float(0x7f800000u);
-                                   a.nearest[token] = ~0ull;
-                                 });
+  block_cluster_squares<T, kVectorLoads>(
+      shared, tokens_of<T>(a, batch_idx), static_cast<int>(blockIdx.x % blocks) * kKmeansPrepareRows, a.dim,
+      [&](int row, float square) {
+        const int64_t token = batch_idx * a.num_tokens + row;
+        a.term[token] = kmeans_term(a.cosine, square, a.drop_mask && a.drop_mask[token]);
+        a.distance[token] = __uint_as_float(0x7f800000u);
+        a.nearest[token] = ~0ull;
+      });
 }
 
 // grid: batch_size. Clears what the rows start with.
@@ -114,21 +114,22 @@ __global__ void __launch_bounds__(kTileThreads) kmeans_terms_kernel(const Cluste
     a.pick[j] = 0;
     a.num_members[j] = 0;
   }
-  block_squares<T, kVectorLoads>(shared, centroids_of<T>(a, batch_idx), first, a.dim, [&](int row, float square) {
-    a.centroid_term[batch_idx * a.num_clusters + row] = kmeans_term(a.cosine, square, false);
-  });
+  block_cluster_squares<T, kVectorLoads>(
+      shared, centroids_of<T>(a, batch_idx), first, a.dim, [&](int row, float square) {
+        a.centroid_term[batch_idx * a.num_clusters + row] = kmeans_term(a.cosine, square, false);
+      });
 }
 
 // grid: batch_size * row_blocks * splits, the splits of one block side by side: they read the same rows.
 template <typename T, bool kVectorLoads>
 __global__ void __launch_bounds__(kTileThreads, 2)
     kmeans_assign_kernel(const ClusterKmeansArgs a, int64_t row_blocks, int num_splits, bool all) {
-  TOKRED_SHARED(PairStorage, shared);
+  TOKRED_SHARED(ClusterTileStorage, shared);
   const int split = static_cast<int>(blockIdx.x) % num_splits;
   const int64_t block = blockIdx.x / static_cast<unsigned>(num_splits), batch_idx = block / row_blocks;
   if (!all && a.done[batch_idx]) return;  // the whole block
-  const int row_begin = static_cast<int>(block % row_blocks) * kPairBlockRows;
-  const int num_tiles = static_cast<int>(ceil_div<int64_t>(a.num_clusters, kPairBlockCols));
+  const int row_begin = static_cast<int>(block % row_blocks) * kClusterBlockRows;
+  const int num_tiles = static_cast<int>(ceil_div<int64_t>(a.num_clusters, kClusterBlockCols));
   const float* col_term = a.centroid_term + batch_idx * a.num_clusters;
   const float* row_terms = a.term + batch_idx * a.num_tokens;
   float best[4];
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     best[r] = -__uint_as_float(0x7f800000u);
     centroid[r] = -1;
   }
-  block_for_pairs<T, kVectorLoads>(
+  block_for_cluster_pairs<T, kVectorLoads>(
       shared, tokens_of<T>(a, batch_idx), row_begin, centroids_of<T>(a, batch_idx), num_tiles * split / num_splits,
       num_tiles * (split + 1) / num_splits, a.dim, [&](int row) { return row_terms[row]; },
       [&](int col) { return col_term[col]; },
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       packed = static_cast<unsigned long long>(~score_key(best[r])) << 32 | static_cast<unsigned>(centroid[r]);
     }
     packed = warp_reduce<4>(packed, Min());
-    const int row = thread_pair_row(row_begin, r);
+    const int row = thread_cluster_row(row_begin, r);
     if (lane_index() % 4 == 0 && row < a.num_tokens && packed != ~0ull) {
       atomicMin(a.nearest + batch_idx * a.num_tokens + row, packed);
     }
@@ -271,7 +272,7 @@ int run(const ClusterKmeansArgs& a, const ClusterKmeansPolicy& policy, CUstream_
     const bool all = i == a.max_iter;
     run(kmeans_terms_kernel<T, kVectorLoads>, a.batch_size * ceil_div<int64_t>(a.num_clusters, kKmeansPrepareRows),
         kTileThreads, sizeof(StepTile<kTileThreads>), a, all);
-    run(kmeans_assign_kernel<T, kVectorLoads>, pairs, kTileThreads, sizeof(PairStorage), a, policy.row_blocks,
+    run(kmeans_assign_kernel<T, kVectorLoads>, pairs, kTileThreads, sizeof(ClusterTileStorage), a, policy.row_blocks,
         policy.splits, all);
     run(kmeans_label_kernel, by_tokens(kKmeansThreads), kKmeansThreads, 0, a, all);
     if (all) break;

@@ -5,7 +5,7 @@
 // infinity has none, and belongs to no cluster.
 #pragma once
 #include "common/fixed_point.h"
-#include "common/pair_tiles.h"
+#include "merge/cluster_tiles.h"
 #include "merge/segment_merge.h"
 
 namespace tokred {
@@ -124,9 +124,9 @@ struct ClusterKmeansPolicy {
   int64_t row_blocks;  // of a batch row
 };
 constexpr ClusterKmeansPolicy choose_policy(const ClusterKmeansArgs& a, uint64_t address, uint64_t centroids) {
-  const int64_t blocks = ceil_div(a.num_tokens, int64_t{kPairBlockRows});
+  const int64_t blocks = ceil_div(a.num_tokens, int64_t{kClusterBlockRows});
   return {rows_are_aligned(address | centroids, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch),
-          pair_splits(a.batch_size * blocks, a.num_clusters), blocks};
+          cluster_splits(a.batch_size * blocks, a.num_clusters), blocks};
 }
 
 void cluster_kmeans_cpu(const ClusterKmeansArgs& args);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 // Starts are chosen one after the other, each after a pass over all tokens. An iteration is a pass over tokens and
-// centroids (common/pair_panel.h), a merge by the map that this gives, and a step of the centroids; rows that have
+// centroids (merge/cluster_panel.h), a merge by the map that this gives, and a step of the centroids; rows that have
 // converged are left alone.
 #include "merge/cluster_kmeans.h"
 
 #include <algorithm>
 
-#include "common/pair_panel.h"
 #include "common/vector_math.h"
+#include "merge/cluster_panel.h"
 
 namespace tokred {
 namespace {
@@ -56,7 +56,7 @@ struct Scratch {
         value(padded_lanes_of(kMaxRows)),
         best_col(padded_lanes_of(kMaxRows) * kVecLanes),
         col(padded_lanes_of(kMaxRows)) {}
-  PairScratch pairs;
+  ClusterScratch pairs;
   AlignedBuffer<float> best, value;
   AlignedBuffer<int32_t> best_col, col;
 };
@@ -85,9 +85,10 @@ struct Kmeans {
 
   void find_terms() const {
     for_rows(a.num_tokens, kMaxRows, [&](int64_t b, int64_t begin, int64_t end) {
-      PairScratch scratch(1, a.dim);
+      ClusterScratch scratch(1, a.dim);
       float* term = a.term + b * a.num_tokens;
-      squares_of_rows(PairRows<T>{row(b, begin), a.stride_token, nullptr, a.dim}, end - begin, scratch, term + begin);
+      squares_of_rows(ClusterRows<T>{row(b, begin), a.stride_token, nullptr, a.dim, a.dtype}, end - begin, scratch,
+                      term + begin);
       for (int64_t i = begin; i < end; ++i) {
         term[i] = kmeans_term(a.cosine, term[i], a.drop_mask && a.drop_mask[b * a.num_tokens + i]);
       }
@@ -140,18 +141,19 @@ struct Kmeans {
   void assign(bool all) const {
     for_rows(a.num_clusters, kMaxRows, [&](int64_t b, int64_t begin, int64_t end) {
       if (!all && a.done[b]) return;
-      PairScratch scratch(1, a.dim);
+      ClusterScratch scratch(1, a.dim);
       float* term = a.centroid_term + b * a.num_clusters;
-      squares_of_rows(PairRows<T>{centroid(b, begin), a.dim, nullptr, a.dim}, end - begin, scratch, term + begin);
+      squares_of_rows(ClusterRows<T>{centroid(b, begin), a.dim, nullptr, a.dim, a.dtype}, end - begin, scratch,
+                      term + begin);
       for (int64_t j = begin; j < end; ++j) term[j] = kmeans_term(a.cosine, term[j], false);
     });
-    for_rows(a.num_tokens, pair_block_rows(a.num_tokens, kMaxRows), [&](int64_t b, int64_t begin, int64_t end) {
+    for_rows(a.num_tokens, cluster_block_rows(a.num_tokens, kMaxRows), [&](int64_t b, int64_t begin, int64_t end) {
       if (!all && a.done[b]) return;
       Scratch s(a.dim);
       const int64_t rows = end - begin;
       const float* row_term = a.term + b * a.num_tokens + begin;
-      const PairRows<T> tokens{row(b, begin), a.stride_token, nullptr, a.dim};
-      const PairRows<T> centroids{centroid(b, 0), a.dim, nullptr, a.dim};
+      const ClusterRows<T> tokens{row(b, begin), a.stride_token, nullptr, a.dim, a.dtype};
+      const ClusterRows<T> centroids{centroid(b, 0), a.dim, nullptr, a.dim, a.dtype};
       start_best(rows, s.best.data(), s.best_col.data());
       for_each_panel(tokens, rows, centroids, a.num_clusters, s.pairs, [&](float* product, int64_t width, int64_t col) {
         float col_term[kMaxDotColumns];

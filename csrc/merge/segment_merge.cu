@@ -10,7 +10,8 @@
 namespace tokred {
 namespace {
 
-constexpr int kIdsAhead = 4;  // loads of a thread in flight in kernel 1
+template <bool kSparse>
+constexpr int kIdsAhead = kSparse ? 2 : 4;  // loads of a thread in flight in kernel 1
 constexpr int kMembersAhead =
     2;  // and kernel 2, times kMergePacks; more would cost a fourth block per SM (64 registers)
 
@@ -18,17 +19,23 @@ struct SortStorage {
   BlockScratch scratch;
 };  // tail: int32 counters [sort_warps][segments of the range]
 
-// Calls body(ids, first) for groups of kIdsAhead x 32 tokens of [begin, end): ids[g] is the segment of token
+// Calls body(ids, first) for groups of kIdsAhead<kSparse> x 32 tokens of [begin, end): ids[g] is the segment of token
 // first + 32 g + lane counted from the range's first one, and out of [0, INT32_MAX) where there is none.
-template <typename Body>
+template <bool kSparse, typename Body>
 __device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_start, int begin, int end,
                                        const Body& body) {
-  for (int first = begin; first < end; first += kIdsAhead * kWarpSize) {
-    int64_t ids[kIdsAhead];
+  for (int first = begin; first < end; first += kIdsAhead<kSparse> * kWarpSize) {
+    int64_t ids[kIdsAhead<kSparse>];
 #pragma unroll
-    for (int g = 0; g < kIdsAhead; ++g) {
+    for (int g = 0; g < kIdsAhead<kSparse>; ++g) {
       const int token_idx = first + g * kWarpSize + lane_index();
-      ids[g] = token_idx < end ? a.dst_idx[row_start + token_idx] : -1;
+      if (token_idx >= end) {
+        ids[g] = -1;
+      } else if constexpr (kSparse) {
+        ids[g] = a.segment_of(row_start + token_idx);
+      } else {
+        ids[g] = a.dst_idx[row_start + token_idx];
+      }
     }
     body(ids, first);
   }
@@ -37,6 +44,7 @@ __device__ inline void warp_for_tokens(const SegmentMergeArgs& a, int64_t row_st
 // One block: the tokens of one batch row that go to one range of segments. A block reads the row's whole map, and
 // counts the tokens of the ranges below, too, so that no block waits for another. Each warp owns a contiguous share of
 // the tokens and a counter per segment: the order is that of the shares, and within a warp that of the lanes.
+template <bool kSparse>
 __global__ void __launch_bounds__(512)
     sort_tokens_kernel(const SegmentMergeArgs a, int segments_per_sort, int num_ranges) {
   TOKRED_SHARED(SortStorage, s);
@@ -57,9 +65,9 @@ __global__ void __launch_bounds__(512)
   for (int i = thread_rank(); i < num_warps * num_segments; i += num_threads) all_counters[i] = 0;
   __syncthreads();  // counters are zero
   int below = 0;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead], int) {
+  warp_for_tokens<kSparse>(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead<kSparse>], int) {
 #pragma unroll
-    for (int g = 0; g < kIdsAhead; ++g) {
+    for (int g = 0; g < kIdsAhead<kSparse>; ++g) {
       const int64_t segment = ids[g] - first_segment;
       if (segment >= 0 && segment < num_segments) atomicAdd(&counters[segment], 1);
       below += ids[g] >= 0 && segment < 0;
@@ -90,9 +98,9 @@ __global__ void __launch_bounds__(512)
   __syncthreads();  // places are known
 
   int32_t* const order = a.order + row_start;
-  warp_for_tokens(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead], int first) {
+  warp_for_tokens<kSparse>(a, row_start, begin, end, [&](const int64_t (&ids)[kIdsAhead<kSparse>], int first) {
 #pragma unroll
-    for (int g = 0; g < kIdsAhead; ++g) {  // every lane of the warp is here: first and the trip count are uniform
+    for (int g = 0; g < kIdsAhead<kSparse>; ++g) {  // with every lane: first and the trip count are uniform
       const int64_t segment = ids[g] - first_segment;
       const bool mine = segment >= 0 && segment < num_segments;
       const unsigned peers = __match_any_sync(kFullMask, mine ? static_cast<int>(segment) : -1);
@@ -133,7 +141,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
   const int32_t* const order = a.order + row_start;
   const float* const factor = a.factor() ? a.factor() + row_start : nullptr;
 
-  if (chunk == 0 && threadIdx.x == 0) {
+  if (chunk == 0 && threadIdx.x == 0 && !a.sorted) {
     float size = static_cast<float>(end - begin);
     if (a.size) {
       size = 0.f;
@@ -170,7 +178,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_rows_kernel(const Segm
     for (int g = 0; g < kMembersAhead; ++g) {  // all loads first: they are in flight together
       if (m + g >= end) break;
       const int token_idx = order[m + g];
-      const T* const from = x + token_idx * a.stride_token;
+      const T* const from = x + a.source_of(batch_idx, token_idx) * a.stride_token;
 #pragma unroll
       for (int p = 0; p < kMergePacks; ++p) {
         if (live[p]) word[g][p] = __ldcs(reinterpret_cast<const Word*>(from + p * step));  // as bits: halves in pairs
@@ -218,9 +226,13 @@ int segment_merge_cuda(const SegmentMergeArgs& a, CUstream_st* stream) {
   if (a.batch_size * num_ranges > INT32_MAX || groups * num_chunks > INT32_MAX) return cudaErrorInvalidValue;
 
   const size_t shared = shared_bytes_with_tail<SortStorage>(sizeof(int) * p.sort_warps * p.segments_per_sort);
-  int error = launch(sort_tokens_kernel, dim3(static_cast<unsigned>(a.batch_size * num_ranges)),
-                     dim3(static_cast<unsigned>(p.sort_warps * kWarpSize)), shared, stream, a, p.segments_per_sort,
-                     static_cast<int>(num_ranges));
+  int error = cudaSuccess;
+  if (!a.sorted) {
+    const auto kernel = a.src_idx.data ? &sort_tokens_kernel<true> : &sort_tokens_kernel<false>;
+    error = launch(kernel, dim3(static_cast<unsigned>(a.batch_size * num_ranges)),
+                   dim3(static_cast<unsigned>(p.sort_warps * kWarpSize)), shared, stream, a, p.segments_per_sort,
+                   static_cast<int>(num_ranges));
+  }
   if (error != cudaSuccess) return error;
   dispatch_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -8,8 +8,9 @@ namespace tokred {
 enum class MergeMode : int8_t { kMean, kSum, kMax };
 
 struct SegmentMergeArgs {
-  const void* x;        // [batch_size, num_tokens, dim], dim contiguous
+  const void* x;        // [batch_size, num_sources, dim], dim contiguous
   IndexPtr dst_idx;     // [batch_size, num_tokens]; outside [0, num_out): dropped
+  IndexPtr src_idx;     // [batch_size, num_tokens]: the row of x; outside [0, num_sources): dropped. Null: its own
   const float* weight;  // [batch_size, num_tokens]; null: size in a mean, else 1
   const float* size;    // [batch_size, num_tokens]; null: 1
   void* merged;         // [batch_size, num_out, dim], contiguous
@@ -19,10 +20,22 @@ struct SegmentMergeArgs {
   int32_t* order;  // [batch_size, num_tokens], scratch: tokens by segment, ascending in each
   const int32_t* skip;  // [batch_size], not 0: nothing of the row is read or written; null: none
   int64_t batch_size, num_tokens, num_out, dim;
+  int64_t num_sources;                 // num_tokens, unless src_idx says which rows
   int64_t stride_batch, stride_token;  // of x, in elements
   DType dtype;                         // of x and merged
   MergeMode mode;
+  bool sorted;  // offsets, order and size_out are there, from a call with the same map
 
+  // The output row of a token, which is counted over all batch rows; -1: none.
+  TOKRED_HOST_DEVICE int64_t segment_of(int64_t token_idx) const {
+    if (!src_idx.data) return dst_idx[token_idx];
+    const int64_t source = src_idx[token_idx];
+    return source >= 0 && source < num_sources ? dst_idx[token_idx] : -1;
+  }
+  // The row of x of a token that has an output row.
+  TOKRED_HOST_DEVICE int64_t source_of(int64_t batch_idx, int64_t token_idx) const {
+    return src_idx.data ? src_idx[batch_idx * num_tokens + token_idx] : token_idx;
+  }
   // What a token counts for in the sum or mean; null: 1.
   TOKRED_HOST_DEVICE const float* factor() const { return weight || mode != MergeMode::kMean ? weight : size; }
 };

@@ -15,20 +15,20 @@ namespace {
 
 constexpr int64_t kColumnBlock = 4096;  // floats; 16 KiB, half of the smallest L1
 
-// One batch row. Stable: the last token of a segment is placed first, at the segment's end.
+// One batch row. Stable: the last token of a segment is placed first, at the segment's end. dst_idx(i): as an array.
 template <typename Index>
-void sort_tokens(const Index* dst_idx, int64_t num_tokens, int64_t num_out, int32_t* offsets, int32_t* order) {
+void sort_tokens(const Index& dst_idx, int64_t num_tokens, int64_t num_out, int32_t* offsets, int32_t* order) {
   const auto limit = static_cast<uint64_t>(num_out);
   std::memset(offsets, 0, sizeof(int32_t) * static_cast<size_t>(num_out + 1));
   for (int64_t i = 0; i < num_tokens; ++i) {
-    const auto dst = static_cast<uint64_t>(int64_t{dst_idx[i]});  // a negative id is a large one
+    const auto dst = static_cast<uint64_t>(int64_t{dst_idx(i)});  // a negative id is a large one
     if (dst < limit) ++offsets[dst];
   }
   int32_t total = 0;
   for (int64_t j = 0; j < num_out; ++j) offsets[j] = total += offsets[j];
   offsets[num_out] = total;
   for (int64_t i = num_tokens - 1; i >= 0; --i) {
-    const auto dst = static_cast<uint64_t>(int64_t{dst_idx[i]});
+    const auto dst = static_cast<uint64_t>(int64_t{dst_idx(i)});
     if (dst < limit) order[--offsets[dst]] = static_cast<int32_t>(i);
   }
 }
@@ -84,6 +84,14 @@ struct Coefficients {
   float operator()(int32_t token_idx) const { return (factor ? factor[token_idx] : 1.f) / total; }
 };
 
+// The token that a segment is a copy of, or -1.
+template <bool kMax>
+int32_t copied_token(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* members, int32_t count) {
+  if (count != 1) return -1;
+  const bool same = kMax || Coefficients(a, batch_idx, members, count)(members[0]) == 1.f;
+  return same ? members[0] : -1;
+}
+
 // Columns [begin, end) of output row out (which starts at column begin).
 template <typename T, bool kMax>
 void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* members, int32_t count, int64_t begin,
@@ -94,8 +102,8 @@ void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* memb
   if (count == 0 || (!kMax && coefficient.total == 0.f)) {
     return copy_row(reinterpret_cast<char*>(out), nullptr, row_bytes);
   }
-  if (count == 1 && (kMax || coefficient(members[0]) == 1.f)) {
-    const T* row = x + members[0] * a.stride_token + begin;
+  if (const int32_t token_idx = copied_token<kMax>(a, batch_idx, members, count); token_idx >= 0) {
+    const T* row = x + a.source_of(batch_idx, token_idx) * a.stride_token + begin;
     return copy_row(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row), row_bytes);
   }
   alignas(64) float acc_block[kColumnBlock];
@@ -109,7 +117,7 @@ void merge_row(const SegmentMergeArgs& a, int64_t batch_idx, const int32_t* memb
       const int32_t left = count - m, take = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       for (int32_t i = 0; i < take; ++i) {
         const int32_t token_idx = members[m + i];
-        rows[i] = x + token_idx * a.stride_token + c;
+        rows[i] = x + a.source_of(batch_idx, token_idx) * a.stride_token + c;
         coef[i] = kMax ? 1.f : coefficient(token_idx);
       }
       const auto add = [&](auto first) {
@@ -161,13 +169,26 @@ void merge_all(const SegmentMergeArgs& a) {
           above = mid;
       }
       const int64_t column = chunk * width, column_end = std::min(a.dim, column + width);
+      int64_t copies = j;  // segments [copies, j) are copies of tokens, not written yet: several rows at once is faster
+      const auto write_copies = [&] {
+        char* out = static_cast<char*>(a.merged) + (batch_idx * a.num_out + copies) * row_bytes;
+        copy_wide_rows(out, row_bytes, copies, j, [&](int64_t segment) {
+          const int64_t token = a.source_of(batch_idx, order[offsets[segment]]);
+          return static_cast<const char*>(a.x) +
+                 (batch_idx * a.stride_batch + token * a.stride_token) * int64_t{sizeof(T)};
+        });
+      };
       for (; j < a.num_out && offsets[j] + j < last; ++j) {
         const int32_t* members = order + offsets[j];
         const int32_t count = offsets[j + 1] - offsets[j];
+        if (chunk == 0 && !a.sorted) merge_size(a, batch_idx, j, members, count);
+        if (num_chunks == 1 && copied_token<kMax>(a, batch_idx, members, count) >= 0) continue;
+        write_copies();
+        copies = j + 1;
         T* out = static_cast<T*>(a.merged) + (batch_idx * a.num_out + j) * a.dim + column;
         if (a.dim > 0) merge_row<T, kMax>(a, batch_idx, members, count, column, column_end, out);
-        if (chunk == 0) merge_size(a, batch_idx, j, members, count);
       }
+      write_copies();
     }
   });
 }
@@ -176,17 +197,20 @@ void merge_all(const SegmentMergeArgs& a) {
 
 void segment_merge_cpu(const SegmentMergeArgs& a) {
   if (a.batch_size * a.num_out == 0) return;
-  parallel_for(a.batch_size, 1 + 32768 / (a.num_tokens + a.num_out), [&](int64_t begin, int64_t end) {
+  const int64_t to_sort = a.sorted ? 0 : a.batch_size;
+  parallel_for(to_sort, 1 + 4096 / (a.num_tokens + a.num_out), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       if (a.skip && a.skip[b]) continue;
-      int32_t* offsets = a.offsets + b * (a.num_out + 1);
-      int32_t* order = a.order + b * a.num_tokens;
-      if (a.dst_idx.is_int64) {
-        sort_tokens(static_cast<const int64_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets,
-                    order);
+      const int64_t first = b * a.num_tokens;
+      const auto sort = [&](const auto& dst_idx) {
+        sort_tokens(dst_idx, a.num_tokens, a.num_out, a.offsets + b * (a.num_out + 1), a.order + first);
+      };
+      if (a.src_idx.data) {
+        sort([&](int64_t i) { return a.segment_of(first + i); });
+      } else if (a.dst_idx.is_int64) {
+        sort([ids = static_cast<const int64_t*>(a.dst_idx.data) + first](int64_t i) { return ids[i]; });
       } else {
-        sort_tokens(static_cast<const int32_t*>(a.dst_idx.data) + b * a.num_tokens, a.num_tokens, a.num_out, offsets,
-                    order);
+        sort([ids = static_cast<const int32_t*>(a.dst_idx.data) + first](int64_t i) { return ids[i]; });
       }
     }
   });

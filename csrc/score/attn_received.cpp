@@ -13,7 +13,7 @@ constexpr const char* kOp = "attn_received";
 
 struct Call {
   AttnReceivedArgs args;
-  Tensor received, lse, partial;
+  Tensor received, lse, partial, diagonal;
 };
 
 AttnReceivedStrides strides(const Tensor& x, bool packed) {  // packed k and q: [tokens, heads, head_dim]
@@ -232,7 +232,10 @@ AttnReceivedArgs check_paged(const Tensor& q, const Tensor& k, const Tensor& pag
 // longest: an upper bound of a sequence's keys.
 using Run = void (*)(Call& call, const Tensor& q, int64_t longest);
 
-void run_cpu(Call& call, const Tensor&, int64_t) { attn_received_cpu(call.args); }
+void run_cpu(Call& call, const Tensor&, int64_t) {
+  attn_received_cpu(call.args);
+  if (call.args.diagonal) attn_received_diagonal_cpu(call.args);
+}
 [[maybe_unused]] void run_cuda(Call& call, const Tensor& q, int64_t longest) {
 #if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
   AttnReceivedArgs& a = call.args;
@@ -243,20 +246,25 @@ void run_cpu(Call& call, const Tensor&, int64_t) { attn_received_cpu(call.args);
     a.partial = static_cast<float*>(call.partial.mutable_data_ptr());
   }
   check_cuda(kOp, attn_received_cuda(a, device.stream()));
+  if (a.diagonal) check_cuda(kOp, attn_received_diagonal_cuda(a, device.stream()));
 #endif
 }
 
-std::tuple<Tensor, Tensor> finish(Run run, const AttnReceivedArgs& args, const Tensor& q, int64_t longest) {
-  const bool packed = args.packed();
-  Call call{args,
-            new_empty(q, with_batch(args, packed, {args.num_q_heads, args.kv_len}), ScalarType::Float),
-            new_empty(q, with_batch(args, packed, {args.num_q_heads, args.q_len}), ScalarType::Float),
-            {}};
+Call finish(Run run, const AttnReceivedArgs& args, const Tensor& q, int64_t longest, bool diagonal = false) {
+  const auto output = [&](int64_t columns) {
+    return new_empty(q, with_batch(args, args.packed(), {args.num_q_heads, columns}), ScalarType::Float);
+  };
+  Call call{args, output(args.kv_len), output(args.q_len), {}, {}};
   call.args.received = static_cast<float*>(call.received.mutable_data_ptr());
   call.args.lse = static_cast<float*>(call.lse.mutable_data_ptr());
+  if (diagonal) {
+    call.diagonal = output(args.kv_len);
+    call.args.diagonal = static_cast<float*>(call.diagonal.mutable_data_ptr());
+  }
   run(call, q, longest);
-  return {call.received, call.lse};
+  return call;
 }
+std::tuple<Tensor, Tensor> received_and_lse(const Call& call) { return {call.received, call.lse}; }
 
 template <Run run>
 std::tuple<Tensor, Tensor> dense(const Tensor& q, const Tensor& k, const OptTensor& lse, const OptTensor& q_weight,
@@ -264,7 +272,7 @@ std::tuple<Tensor, Tensor> dense(const Tensor& q, const Tensor& k, const OptTens
                                  std::optional<double> scale, std::optional<int64_t> window,
                                  std::optional<double> softcap, const OptTensor& sink, const OptTensor& key_bias) {
   const Options options{lse, q_weight, causal, q_start, reduce, scale, window, softcap, sink, key_bias};
-  return finish(run, check_dense(q, k, options), q, k.size(2));
+  return received_and_lse(finish(run, check_dense(q, k, options), q, k.size(2)));
 }
 
 template <Run run>
@@ -277,7 +285,7 @@ std::tuple<Tensor, Tensor> packed(const Tensor& q, const Tensor& k, const Tensor
   const Options options{lse, q_weight, causal, q_start, reduce, scale, window, softcap, sink, key_bias};
   const AttnReceivedArgs args = check_packed(q, k, cu_seqlens, cu_seqlens_k, options);
   TOKRED_CHECK(!max_seqlen || *max_seqlen >= 0, "attn_received: expected max_seqlen >= 0, got ", *max_seqlen);
-  return finish(run, args, q, max_seqlen ? std::min(*max_seqlen, args.kv_len) : args.kv_len);
+  return received_and_lse(finish(run, args, q, max_seqlen ? std::min(*max_seqlen, args.kv_len) : args.kv_len));
 }
 
 template <Run run>
@@ -288,7 +296,18 @@ std::tuple<Tensor, Tensor> paged(const Tensor& q, const Tensor& k, const Tensor&
                                  const OptTensor& key_bias) {
   const Options options{lse, q_weight, causal, q_start, reduce, scale, window, softcap, sink, key_bias};
   const AttnReceivedArgs args = check_paged(q, k, page_table, kv_lens, options);
-  return finish(run, args, q, args.kv_len);
+  return received_and_lse(finish(run, args, q, args.kv_len));
+}
+
+template <Run run>
+std::tuple<Tensor, Tensor, Tensor> diagonal(const Tensor& q, const Tensor& k, const OptTensor& lse,
+                                            const OptTensor& q_weight, std::optional<double> scale,
+                                            std::optional<int64_t> window, std::optional<double> softcap,
+                                            const OptTensor& sink, const OptTensor& key_bias) {
+  const std::string reduce = "sum";
+  const Options options{lse, q_weight, true, std::nullopt, reduce, scale, window, softcap, sink, key_bias};
+  const Call call = finish(run, check_dense(q, k, options), q, k.size(2), /*diagonal=*/true);
+  return {call.received, call.lse, call.diagonal};
 }
 
 // One sequence per batch row: packed ones differ, which no plan can know.
@@ -319,6 +338,10 @@ Plan plan(const PlanSizes& sizes) {
   }
   const AttnBlocks blocks = attn_received_blocks(a, policy.warps_received * policy.rows_per_warp);
   add("attn_received", heads * blocks.per_head, policy.warps_received * 32);
+  if (sizes.get("diagonal", 0) != 0) {
+    const AttnDiagonalPolicy bands = choose_attn_diagonal_policy(a.head_dim, a.dtype);
+    add("attn_diagonal", heads * ceil_div<int64_t>(a.kv_len, bands.diagonals), bands.warps * 32);
+  }
   return plan;
 }
 TOKRED_PLAN(attn_received, plan)
@@ -332,17 +355,23 @@ TOKRED_SCHEMA(m) {
   m.def(
       "attn_received.packed(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? cu_seqlens_k=None,"
       " SymInt? max_seqlen=None, " TOKRED_ATTN_OPTIONS);
+  m.def(
+      "attn_received.diagonal(Tensor q, Tensor k, Tensor? lse=None, Tensor? q_weight=None, float? scale=None,"
+      " SymInt? window=None, float? softcap=None, Tensor? sink=None, Tensor? key_bias=None)"
+      " -> (Tensor received, Tensor lse, Tensor diagonal)");
   m.def("attn_received.paged(Tensor q, Tensor k, Tensor page_table, Tensor? kv_lens=None, " TOKRED_ATTN_OPTIONS);
 }
 TOKRED_IMPL_CPU(m) {
   m.impl("attn_received", TORCH_BOX(&dense<run_cpu>));
   m.impl("attn_received.packed", TORCH_BOX(&packed<run_cpu>));
   m.impl("attn_received.paged", TORCH_BOX(&paged<run_cpu>));
+  m.impl("attn_received.diagonal", TORCH_BOX(&diagonal<run_cpu>));
 }
 TOKRED_IMPL_CUDA(m) {
   m.impl("attn_received", TORCH_BOX(&dense<run_cuda>));
   m.impl("attn_received.packed", TORCH_BOX(&packed<run_cuda>));
   m.impl("attn_received.paged", TORCH_BOX(&paged<run_cuda>));
+  m.impl("attn_received.diagonal", TORCH_BOX(&diagonal<run_cuda>));
 }
 
 }  // namespace

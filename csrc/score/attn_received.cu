@@ -11,8 +11,6 @@
 // fixed length.
 #include "score/attn_received_weights.cuh"
 
-#include <initializer_list>
-
 namespace tokred {
 namespace {
 
@@ -166,7 +164,7 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T
     if (t != 0 || row >= num_rows) continue;
     if (splits.num == 1) {
       const int64_t head = shared.place.kv_head * args.group() + row / of.q_len;
-      rows[r].add_sink(args, head);
+      add_sink(rows[r], args, head);
       args.lse[(of.batch * args.num_q_heads + head) * args.q_len + of.q_begin + row % of.q_len] = rows[r].lse();
     } else {
       float* out = partial_sums(args, of, shared.place.kv_head, split, row, num_rows);
@@ -195,7 +193,7 @@ __global__ void combine_lse_kernel(const AttnReceivedArgs args) {
     total.merge(part[0], part[1]);
   }
   warp_merge<kWarpSize>(total);
-  total.add_sink(args, head);
+  add_sink(total, args, head);
   if (lane_index() == 0) args.lse[i] = total.lse();
 }
 
@@ -238,20 +236,9 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T
   __syncthreads();
 
   const auto issue = [&](int i) {
-    const AttnSequence of = shared.place.sequence;
-    const int stage = i % C::kStages, q0 = q_begin + i % tiles_per_head * C::kTile;
     const int head = shared.place.kv_head * group + i / tiles_per_head;
-    block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(args, of, head), q0, nullptr, head_dim, aligned);
-    const int r = thread_rank();  // the block has at least kTile threads
-    if (r >= C::kTile) return;
-    const bool valid = q0 + r < q_end;
-    const int64_t query = of.q_begin + (valid ? q0 + r : 0);
-    shared.queries.sees[stage][r] = valid ? of.visible(q0 + r) : KeySpan{0, 0};
-    const float* lse = args.lse + (of.batch * args.num_q_heads + head) * args.q_len;
-    cp_async_4(&shared.queries.lse[stage][r], lse + query, valid);
-    if (!args.q_weight) return;
-    const int64_t offset = of.batch * args.stride_weight.batch + head * args.stride_weight.head;
-    cp_async_4(&shared.queries.weight[stage][r], args.q_weight + offset + query, valid);
+    block_load_queries(shared, i % C::kStages, args, shared.place.sequence, head,
+                       q_begin + i % tiles_per_head * C::kTile, q_end, aligned);
   };
   if (num_tiles > 0) issue(0);
   cp_async_commit();
@@ -313,25 +300,12 @@ __global__ void __launch_bounds__(AttnConfig<T, kDim>::kMaxThreads, AttnConfig<T
   }
 }
 
-template <typename T>
-bool is_aligned(const void* data, std::initializer_list<int64_t> strides) {
-  uint64_t all = reinterpret_cast<uint64_t>(data);
-  for (const int64_t stride : strides) all |= static_cast<uint64_t>(stride) * sizeof(T);
-  return all % 16 == 0;
-}
-
 template <typename T, int kDim>
 int launch_passes(const AttnReceivedArgs& a, CUstream_st* stream) {
   using C = AttnConfig<T, kDim>;
   const auto policy = choose_attn_received_policy(a);
   if (policy.rows_per_warp != C::kRowsPerWarp) return cudaErrorInvalidValue;
-  const auto if_many = [](int64_t count, int64_t stride) { return count > 1 ? stride : 0; };
-  const bool aligned =
-      a.head_dim * sizeof(T) % 16 == 0 &&
-      is_aligned<T>(a.q, {if_many(a.batch_size, a.stride_q.batch), if_many(a.num_q_heads, a.stride_q.head),
-                          if_many(a.q_len, a.stride_q.token)}) &&
-      is_aligned<T>(a.k, {if_many(a.batch_size, a.stride_k.batch), if_many(a.num_kv_heads, a.stride_k.head),
-                          if_many(a.kv_len, a.stride_k.token), if_many(a.num_pages, a.stride_page)});
+  const bool aligned = has_aligned_rows<T>(a);
   const int64_t heads = a.batch_dim() * a.num_kv_heads, rows = a.batch_dim() * a.num_q_heads * a.q_len;
   const auto grid = [](int64_t n) { return dim3(static_cast<unsigned>(n)); };
   const int shared_bytes = static_cast<int>(sizeof(AttnStorage<T, kDim>));
@@ -352,29 +326,12 @@ int launch_passes(const AttnReceivedArgs& a, CUstream_st* stream) {
                 stream, a, blocks, aligned);
 }
 
-int smallest_above(int x, std::initializer_list<int> sizes) {
-  for (const int size : sizes) {
-    if (x <= size) return size;
-  }
-  return 0;
-}
-
 }  // namespace
 
 int attn_received_cuda(const AttnReceivedArgs& args, CUstream_st* stream) {
   int error = cudaErrorInvalidValue;
-  dispatch_float(args.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    // head_dim is padded with zeros: to the sizes of real models for 16-bit types (none below 64, where the exponential
-    // binds anyway), to a power of two for float32.
-    const auto run = [&](auto padded) { error = launch_passes<T, decltype(padded)::value>(args, stream); };
-    const int head_dim = static_cast<int>(args.head_dim);
-    if constexpr (sizeof(T) == 4) {
-      (void)dispatch_int<64, 128, 256>(smallest_above(head_dim, {64, 128, 256}), run);
-    } else {
-      (void)dispatch_int<64, 80, 96, 128, 160, 192, 256>(smallest_above(head_dim, {64, 80, 96, 128, 160, 192, 256}),
-                                                         run);
-    }
+  dispatch_rows(args, [&](auto tag, auto padded) {
+    error = launch_passes<typename decltype(tag)::type, decltype(padded)::value>(args, stream);
   });
   return error;
 }

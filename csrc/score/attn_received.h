@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 #pragma once
+#include "common/constants.h"
 #include "common/dispatch.h"
 #include "common/ragged.h"
 
 namespace tokred {
 
 constexpr int kAttnReceivedMaxHeadDim = 256;
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 struct AttnReceivedStrides {  // in elements; the last dim is contiguous
   int64_t batch, head, token;
@@ -70,7 +70,9 @@ struct AttnReceivedArgs {
   const int32_t* kv_lens;                    // [batch_size]; null: kv_len each
   float* received;                           // [batch_size, num_q_heads, kv_len], contiguous
   float* lse;                                // [batch_size, num_q_heads, q_len], contiguous
-  float* partial;  // CUDA: two floats per row and split, partial_plane() rows per key head; null: nothing is split
+  float* diagonal;  // [batch_size, num_q_heads, kv_len], contiguous: the sum over each distance of a query to a key
+                    // before it; null: not wanted. Dense, causal, align_ends
+  float* partial;   // CUDA: two floats per row and split, partial_plane() rows per key head; null: nothing is split
   AttnReceivedStrides stride_q, stride_k, stride_lse_in, stride_weight;
   int64_t bias_batch, bias_head;  // strides of key_bias
   int64_t batch_size, num_q_heads, num_kv_heads, q_len, kv_len, head_dim;
@@ -81,7 +83,7 @@ struct AttnReceivedArgs {
   bool align_ends;      // the last query is at the last key instead
   int64_t back, ahead;  // the query at position p sees the keys from p - back to p + ahead; within 2^60 of zero
   float scale;
-  float exponent_scale;  // CUDA: of a logit before 2^x, log2(e) * scale; 1 where adjusted() has brought it to that
+  float exponent_scale;  // of a product before 2^x, log2(e) * scale; 1 where adjusted() has brought it to that
   float softcap;         // logits are softcap * tanh(logit / softcap); 0: as they are
   bool max_reduce;
   DType dtype;  // of q and k
@@ -174,6 +176,17 @@ inline AttnReceivedPolicy choose_attn_received_policy(const AttnReceivedArgs& a)
                                      a.head_dim, a.dtype);
 }
 
+// Diagonals of one block on CUDA: as many as the keys of its warps that all queries of a tile may meet.
+struct AttnDiagonalPolicy {
+  int warps, tile_queries, diagonals;
+};
+constexpr AttnDiagonalPolicy choose_attn_diagonal_policy(int64_t head_dim, DType dtype) {
+  const bool is_float = dtype == DType::kF32;
+  const int warps = !is_float ? 8 : head_dim > 128 ? 3 : 4, rows_per_warp = is_float || head_dim > 128 ? 16 : 32;
+  const int tile_queries = !is_float ? 64 : head_dim > 128 ? 16 : 32;
+  return {warps, tile_queries, warps * rows_per_warp - tile_queries};
+}
+
 // Which blocks work on which sequence. Not packed: per_head for each key head of each batch row. Packed: per_head for
 // each key head, of which a sequence has those from before(b) on, more than it needs by a few that have nothing to do:
 // counts are rounded down in the sums before a sequence and up within one.
@@ -204,5 +217,9 @@ inline AttnBlocks attn_received_blocks(const AttnReceivedArgs& a, int64_t block_
 
 void attn_received_cpu(const AttnReceivedArgs& args);
 int attn_received_cuda(const AttnReceivedArgs& args, CUstream_st* stream);  // returns a cudaError_t
+
+// The diagonals, from lse, which the calls above write. They are a pass of their own.
+void attn_received_diagonal_cpu(const AttnReceivedArgs& args);
+int attn_received_diagonal_cuda(const AttnReceivedArgs& args, CUstream_st* stream);  // returns a cudaError_t
 
 }  // namespace tokred

@@ -1,32 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
 // A thread takes up to 128 rows (queries of the heads that share one K) and sees all keys in panels of up to 512:
-// product, exponentials, column sums. While 4 MiB hold the logits of 32 rows or more, they stay in the thread's scratch
-// between the row sums and the column sums; for longer keys they are computed again, as on CUDA.
+// product, exponentials, column sums. While 4 MiB hold the exponentials of 32 rows, or of all where those are fewer,
+// they stay in the thread's scratch until the column sums; for longer keys they are computed again, as on CUDA.
 //
 // Bits: tile shapes and the cut of the rows into tasks follow from the shapes of one batch row alone, and the columns
 // of a head are added in the order of its tasks. So neither threads nor the rest of the batch matter.
 #include <cmath>
-#include <limits>
 #include <vector>
 
+#include "common/dot_rows.h"
 #include "common/gemm.h"
-#include "common/vector_math.h"
+#include "common/gemm_bf16.h"
 #include "score/attn_received.h"
+#include "score/attn_received_panel.h"
 
 namespace tokred {
 namespace {
 
 constexpr int64_t kMaxTileRows = 128, kMaxPanelKeys = 512;
+constexpr int64_t kRowBlock = 4;              // rows that share the loads of a key that is not packed
 constexpr int64_t kResidentFloats = 1 << 20;  // 4 MiB of logits per thread
 constexpr int64_t kColumnFloats =
     16 << 20;  // 64 MiB of partial columns of all threads, unless one batch row needs more
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
+// How a tile is multiplied with keys: few rows by dot_rows, with each key where it lies; bfloat16 by gemm_nt_bf16,
+// where the machine can; the others by gemm_nt, widened.
+enum class Product { kDot, kBf16, kFloat };
+
+// What is few, as measured: the less, the faster the other product is and the longer it takes to widen a key, which
+// dot_rows does for each kRowBlock rows.
+int64_t few_rows(DType dtype, bool bf16) { return bf16 ? 4 : dtype == DType::kF16 ? 8 : 24; }
+
 struct Tiling {
-  int64_t tile_rows, num_tiles;    // rows of a tile, a multiple of 8
+  Product product;
+  int64_t tile_rows, num_tiles;    // rows of a tile, a multiple of 8, or of kRowBlock, or 1
   int64_t panel_keys, num_panels;  // keys of a panel, a multiple of 16
   int64_t depth;                   // head_dim rounded up to 16
   int64_t num_tasks;               // per (batch, key head): each takes a run of tiles
@@ -37,12 +47,15 @@ struct Tiling {
 Tiling choose_tiling(const AttnReceivedArgs& a, const AttnSequence& s) {
   Tiling t;
   const int64_t rows = a.group() * s.q_len, kv_len = s.kv_len;
+  const bool bf16 = a.dtype == DType::kBF16 && has_gemm_bf16();
+  t.product = rows <= few_rows(a.dtype, bf16) ? Product::kDot : bf16 ? Product::kBf16 : Product::kFloat;
+  const int64_t unit = t.product != Product::kDot ? 8 : rows <= 1 ? 1 : kRowBlock;
   int64_t most_rows = kMaxTileRows;
   while (most_rows > 32 && most_rows * kv_len > kResidentFloats) most_rows /= 2;
-  t.resident = !a.lse_in && most_rows * kv_len <= kResidentFloats;
+  t.resident = !a.lse_in && std::min(most_rows, round_up(rows, unit)) * kv_len <= kResidentFloats;
   if (!t.resident) most_rows = kMaxTileRows;
   t.num_tiles = std::max<int64_t>(1, ceil_div(rows, most_rows));
-  t.tile_rows = std::max<int64_t>(8, round_up(ceil_div(rows, t.num_tiles), 8));
+  t.tile_rows = std::max<int64_t>(unit, round_up(ceil_div(rows, t.num_tiles), unit));
   t.num_panels = std::max<int64_t>(1, ceil_div(kv_len, kMaxPanelKeys));
   t.panel_keys = std::max<int64_t>(16, round_up(ceil_div(kv_len, t.num_panels), 16));
   t.depth = round_up(a.head_dim, 16);
@@ -53,136 +66,27 @@ Tiling choose_tiling(const AttnReceivedArgs& a, const AttnSequence& s) {
 
 // Enough for each of some tilings.
 struct ScratchSizes {
-  int64_t q = 0, k = 0, logits = 0;
+  int64_t q = 0, k = 0, logits = 0, offsets = 0;
   void include(const Tiling& t) {
+    const int64_t kept = t.tile_rows * (t.resident ? t.num_panels : 1);
     q = std::max(q, t.tile_rows * t.depth);
-    k = std::max(k, t.panel_keys * t.depth);
-    logits = std::max(logits, t.tile_rows * t.panel_keys * (t.resident ? t.num_panels : 1));
+    if (t.product != Product::kDot) k = std::max(k, t.panel_keys * t.depth);
+    logits = std::max(logits, kept * t.panel_keys);
+    offsets = std::max(offsets, kept);
   }
 };
 struct Scratch {
-  explicit Scratch(const ScratchSizes& sizes) : q(sizes.q), k(sizes.k), logits(sizes.logits) {}
-  AlignedBuffer<float> q, k, logits;
-  // Per row of the tile, on the base-2 scale of the logits.
+  explicit Scratch(const ScratchSizes& sizes)
+      : q(sizes.q), k(sizes.k), logits(sizes.logits), panel_offset(sizes.offsets) {}
+  AlignedBuffer<float> q, k, logits;  // q and k are bfloat16 for Product::kBf16
+  AlignedBuffer<int64_t> key_row{kMaxPanelKeys + kDotPadding};
+  AlignedBuffer<float> panel_offset;  // what a resident panel's exponentials were made with, tile_rows each
+  // Per row of the tile, on the base-2 scale of the logits: that of products times exponent_scale.
   float offset[kMaxTileRows];  // subtracted from a logit before 2^x: the running maximum, or the lse
   float sum[kMaxTileRows];     // of 2^(logit - offset)
   float factor[kMaxTileRows];  // times 2^(logit - offset) is weight * probability
   KeySpan sees[kMaxTileRows];
 };
-
-// The logits of a tile's rows for the keys of a panel, of which row r sees those that seen_in gives.
-struct PanelView {
-  float* data;
-  int64_t keys;  // also the stride
-  int64_t rows, first_key;
-  const KeySpan* sees;
-};
-struct Span {  // columns [begin, end) of a panel
-  int64_t begin, end;
-};
-TOKRED_INLINE Span seen_in(const PanelView& p, int64_t r) {
-  const int64_t begin = p.sees[r].begin - p.first_key, end = p.sees[r].end - p.first_key;
-  return {begin < 0 ? 0 : begin, end < p.keys ? end : p.keys};
-}
-// A row's last elements, filled up to kLanes with -inf.
-TOKRED_INLINE void load_tail(const float* row, int64_t count, float (&tail)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) tail[i] = -kInf;
-  for (int64_t i = 0; i < count; ++i) tail[i] = row[i];
-}
-
-// Logits x of keys seen, on the base-2 scale, become cap * tanh(x / cap), unless cap is 0, plus bias, unless that is
-// null.
-TOKRED_CLONES void adjust(const PanelView& panel, float cap, const float* bias) {
-  const float over_cap = 1.f / cap;
-  for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
-    float* row = panel.data + r * panel.keys;
-    if (cap > 0) {
-      for (int64_t c = seen.begin; c < seen.end; ++c) row[c] = cap * poly_tanh(row[c] * over_cap);
-    }
-    if (bias) {
-      for (int64_t c = seen.begin; c < seen.end; ++c) row[c] += bias[c] * kLog2e;
-    }
-  }
-}
-
-// Raises offset to the maximum of each row; NaN is ignored here and met again in the sum.
-TOKRED_CLONES void raise_offsets(const PanelView& panel, float* offset) {
-  for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
-    if (seen.begin >= seen.end) continue;
-    const float* row = panel.data + r * panel.keys + seen.begin;
-    const int64_t count = seen.end - seen.begin;
-    float lanes[kLanes], tail[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = offset[r];
-    int64_t c = 0;
-    for (; c + kLanes <= count; c += kLanes) {
-      for (int i = 0; i < kLanes; ++i) lanes[i] = row[c + i] > lanes[i] ? row[c + i] : lanes[i];
-    }
-    load_tail(row + c, count - c, tail);
-    for (int i = 0; i < kLanes; ++i) lanes[i] = tail[i] > lanes[i] ? tail[i] : lanes[i];
-    offset[r] = max_lanes(lanes);
-  }
-}
-
-// Logits of keys seen become 2^(logit - offset); their sum is added to sum.
-TOKRED_CLONES void exponentiate(const PanelView& panel, const float* offset, float* sum) {
-  for (int64_t r = 0; r < panel.rows; ++r) {
-    const Span seen = seen_in(panel, r);
-    if (seen.begin >= seen.end) continue;
-    float* row = panel.data + r * panel.keys + seen.begin;
-    const int64_t count = seen.end - seen.begin;
-    // A row of -inf has offset -inf: with 0 in its place the exponentials are 0, not NaN.
-    const float minus = offset[r] == -kInf ? 0.f : offset[r];
-    float lanes[kLanes] = {}, tail[kLanes];
-    int64_t c = 0;
-    for (; c + kLanes <= count; c += kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
-        const float e = poly_exp2(row[c + i] - minus);
-        row[c + i] = e;
-        lanes[i] += e;
-      }
-    }
-    load_tail(row + c, count - c, tail);
-    for (int i = 0; i < kLanes; ++i) {
-      tail[i] = poly_exp2(tail[i] - minus);
-      // Beyond the tail: 0, or NaN if the offset is; the row's other terms are NaN then, too.
-      lanes[i] += tail[i];
-    }
-    for (int64_t i = 0; c + i < count; ++i) row[c + i] = tail[i];
-    sum[r] += sum_lanes(lanes);
-  }
-}
-
-// columns[c] += factor * e, or the maximum of both (NaN if either is), over the rows and the keys each sees; e is the
-// panel or, when kExp, 2^(panel - offset).
-template <bool kMax, bool kExp>
-TOKRED_CLONES void add_columns(const PanelView& panel, int64_t first_row, int64_t last_row, const float* offset,
-                               const float* factor, float* __restrict columns) {
-  for (int64_t r = first_row; r < last_row; ++r) {
-    const Span seen = seen_in(panel, r);
-    const float* __restrict row = panel.data + r * panel.keys;
-    const float f = factor[r], minus = offset[r];
-    for (int64_t c = seen.begin; c < seen.end; ++c) {
-      const float p = f * (kExp ? poly_exp2(row[c] - minus) : row[c]);
-      const float greater = p > columns[c] ? p : columns[c];
-      columns[c] = kMax ? (p == p ? greater : p) : columns[c] + p;
-    }
-  }
-}
-
-// out := part 0, then part 1 and so on added to it, or their maximum.
-TOKRED_CLONES void merge_parts(const float* parts, int64_t num_parts, int64_t stride, int64_t n, bool max, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = parts[i];
-  for (int64_t p = 1; p < num_parts; ++p) {
-    const float* part = parts + p * stride;
-    if (max) {
-      for (int64_t i = 0; i < n; ++i) out[i] = part[i] > out[i] || part[i] != part[i] ? part[i] : out[i];
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] += part[i];
-    }
-  }
-}
 
 // Adds runs of tiles of one key head's rows to columns [group, padded_keys].
 template <typename T>
@@ -194,6 +98,8 @@ class Task {
         of_(sequence),
         t_(tiling),
         s_(scratch),
+        queries_(static_cast<const T*>(args.q) + sequence.batch * args.stride_q.batch +
+                 sequence.q_begin * args.stride_q.token),
         keys_(static_cast<const T*>(args.k) + of_.batch * args.stride_k.batch +
               kv_head / args.k_repeat * args.stride_k.head),
         kv_head_(kv_head),
@@ -203,6 +109,7 @@ class Task {
     for (int64_t tile = begin; tile < end; ++tile) {
       first_row_ = tile * t_.tile_rows;
       num_rows_ = std::min(t_.tile_rows, a_.group() * of_.q_len - first_row_);
+      last_ = tile + 1 == end;
       if (num_rows_ > 0) run_tile();
     }
   }
@@ -218,6 +125,34 @@ class Task {
     return {data, t_.panel_keys, num_rows_, p * t_.panel_keys, s_.sees};
   }
 
+  float* panel_offset(int64_t p) const { return s_.panel_offset.data() + p * t_.tile_rows; }
+
+  // rows of count (the others zeros), head_dim values each, to place from row first on.
+  void pack(const T* src, int64_t stride, int64_t count, int64_t rows, int64_t first, float* place) const {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      if (t_.product == Product::kBf16) {
+        auto* to = reinterpret_cast<c10::BFloat16*>(place) + first * t_.depth;
+        return pack_rows_bf16(src, stride, count, a_.head_dim, rows, t_.depth, to);
+      }
+    }
+    pack_rows(src, stride, count, a_.head_dim, rows, t_.depth, 1.f, place + first * t_.depth);
+  }
+
+  // First rows of the next head, which this thread is likely to turn to: each would be waited for.
+  void fetch_next_head() const {
+    const T* q = queries_ + (head(num_rows_ - 1) + 1) * a_.stride_q.head;
+    for (int64_t r = 0; r < std::min<int64_t>(of_.q_len, t_.tile_rows); ++r) {
+      prefetch(q + r * a_.stride_q.token, a_.head_dim * static_cast<int64_t>(sizeof(T)));
+    }
+    const int64_t keys = std::min<int64_t>(of_.kv_len, t_.product == Product::kDot ? kAhead : t_.panel_keys);
+    for_each_run(0, keys, [&](int64_t, int64_t run, int64_t row) {
+      const T* k = keys_ + a_.stride_k.head + row;
+      for (int64_t i = 0; row >= 0 && i < run; ++i) {
+        prefetch(k + i * a_.stride_k.token, a_.head_dim * static_cast<int64_t>(sizeof(T)));
+      }
+    });
+  }
+
   void load_rows() {
     int64_t first = of_.kv_len, end = 0;
     for (int64_t r = 0; r < num_rows_; ++r) {
@@ -229,78 +164,127 @@ class Task {
     }
     first_panel_ = first / t_.panel_keys;
     end_panel_ = ceil_div(end, t_.panel_keys);
-    const T* q = static_cast<const T*>(a_.q) + of_.batch * a_.stride_q.batch + of_.q_begin * a_.stride_q.token;
     for (int64_t r = 0; r < t_.tile_rows;) {
       const bool filler = r >= num_rows_;  // rows of zeros
       const int64_t run = filler ? t_.tile_rows - r : run_of_head(r);
-      const T* src = filler ? q : q + head(r) * a_.stride_q.head + query(r) * a_.stride_q.token;
-      pack_rows(src, a_.stride_q.token, filler ? 0 : run, a_.head_dim, run, t_.depth, a_.scale * kLog2e,
-                s_.q.data() + r * t_.depth);
+      const T* src = filler ? queries_ : queries_ + head(r) * a_.stride_q.head + query(r) * a_.stride_q.token;
+      pack(src, a_.stride_q.token, filler ? 0 : run, run, r, s_.q.data());
       r += run;
+    }
+    if (t_.product == Product::kDot) {
+      for (int64_t r = 0; r < num_rows_; ++r) arrange_query<T>(a_.head_dim, s_.q.data() + r * t_.depth);
+    }
+  }
+
+  // f(c, run, row) for keys [c, c + run) of a panel, which lie side by side from row on, or on no page if that is -1.
+  template <typename F>
+  void for_each_run(int64_t first, int64_t present, const F& f) const {
+    const int64_t page_size = a_.page_table ? int64_t{1} << a_.page_shift : of_.kv_len;
+    for (int64_t c = 0, run; c < present; c += run) {
+      run = std::min(present - c, page_size - (first + c) % page_size);
+      f(c, run, a_.key_row(of_, static_cast<int>(first + c)));
     }
   }
 
   // Keys of a panel into the scratch, zeros past the last and for those on no page.
   void load_keys(int64_t first, int64_t present) {
-    // Keys that are side by side: of a page, or all.
-    const int64_t page_size = a_.page_table ? int64_t{1} << a_.page_shift : of_.kv_len;
-    for (int64_t c = 0, run; c < t_.panel_keys; c += run) {
-      const int64_t key = first + c;
-      run = c < present ? std::min(present - c, page_size - key % page_size) : t_.panel_keys - c;
-      const int64_t row = c < present ? a_.key_row(of_, static_cast<int>(key)) : -1;
-      pack_rows(keys_ + std::max<int64_t>(row, 0), a_.stride_k.token, row < 0 ? 0 : run, a_.head_dim, run, t_.depth,
-                1.f, s_.k.data() + c * t_.depth);
+    for_each_run(first, present, [&](int64_t c, int64_t run, int64_t row) {
+      pack(keys_ + std::max<int64_t>(row, 0), a_.stride_k.token, row < 0 ? 0 : run, run, c, s_.k.data());
+    });
+    pack(keys_, 0, 0, t_.panel_keys - present, present, s_.k.data());
+  }
+
+  // Whether a panel needs no packing for gemm_nt_bf16.
+  bool whole_panel(int64_t first, int64_t present) const {
+    return present == t_.panel_keys && a_.head_dim == t_.depth && !a_.page_table &&
+           (reinterpret_cast<uintptr_t>(keys_ + a_.key_row(of_, static_cast<int>(first))) |
+            static_cast<uintptr_t>(a_.stride_k.token * 2)) %
+                   4 ==
+               0;
+  }
+
+  // Where the keys of a panel lie, and the next ones, for dot_rows to fetch; keys on no page borrow another's place.
+  // False if none is on a page.
+  bool find_keys(int64_t first, int64_t present) {
+    int64_t* const rows = s_.key_row.data();
+    const int64_t listed = std::min(present + kAhead, of_.kv_len - first);
+    int64_t readable = -1;
+    bool all = true;
+    for_each_run(first, listed, [&](int64_t c, int64_t run, int64_t row) {
+      const int64_t step = row < 0 ? 0 : a_.stride_k.token;
+      for (int64_t i = 0, place = row; i < run; ++i, place += step) rows[c + i] = place;
+      readable = std::max(readable, row);
+      all = all && row >= 0;
+    });
+    for (int64_t c = 0; !all && c < listed; ++c) rows[c] = rows[c] < 0 ? readable : rows[c];
+    std::fill(rows + listed, rows + present + kDotPadding, readable);
+    return readable >= 0;
+  }
+  template <int kRows>
+  void dot(int64_t present, float* out) {
+    for (int64_t c = 0; c < present; c += kKeyBlock) {
+      for (int64_t r = 0; r < t_.tile_rows; r += kRows) {
+        dot_rows<T, kRows>(keys_, s_.key_row.data(), c, std::min(c + kKeyBlock, present), s_.q.data() + r * t_.depth,
+                           t_.depth, a_.head_dim, r == 0, out + r * t_.panel_keys, t_.panel_keys);
+      }
     }
   }
 
   void multiply(int64_t p) {
     const int64_t first = p * t_.panel_keys, present = std::min(t_.panel_keys, of_.kv_len - first);
-    load_keys(first, present);
-    gemm_nt(s_.q.data(), s_.k.data(), panel(p).data, t_.tile_rows, t_.panel_keys, t_.depth);
+    float* const out = panel(p).data;
+    const bool few = t_.product == Product::kDot, readable = !few || find_keys(first, present);
+    const bool in_place = t_.product == Product::kBf16 && whole_panel(first, present);
+    if (!few && !in_place) load_keys(first, present);
+    if (last_ && p + 1 == end_panel_) fetch_next_head();
+    if (few && readable) {
+      t_.tile_rows == 1 ? dot<1>(present, out) : dot<kRowBlock>(present, out);
+    } else if (t_.product == Product::kBf16) {
+      const void* k =
+          in_place ? static_cast<const void*>(keys_ + a_.key_row(of_, static_cast<int>(first))) : s_.k.data();
+      gemm_nt_bf16(reinterpret_cast<const c10::BFloat16*>(s_.q.data()), static_cast<const c10::BFloat16*>(k),
+                   in_place ? a_.stride_k.token : t_.depth, out, t_.tile_rows, t_.panel_keys, t_.depth);
+    } else if (t_.product == Product::kFloat) {
+      gemm_nt(s_.q.data(), s_.k.data(), out, t_.tile_rows, t_.panel_keys, t_.depth);
+    }
     if (a_.adjusted()) {
       const float* bias = a_.key_bias
                               ? a_.key_bias + of_.batch * a_.bias_batch + kv_head_ * a_.bias_head + of_.k_begin + first
                               : nullptr;
-      adjust(panel(p), a_.softcap * kLog2e, bias);
+      adjust(panel(p), a_.scale * kLog2e, a_.softcap * kLog2e, bias);
     }
     for (int64_t c = 0; a_.page_table && c < present; ++c) {
       if (a_.key_row(of_, static_cast<int>(first + c)) >= 0) continue;
-      for (int64_t r = 0; r < num_rows_; ++r) panel(p).data[r * t_.panel_keys + c] = -kInf;
+      for (int64_t r = 0; r < num_rows_; ++r) out[r * t_.panel_keys + c] = -kInf;
     }
   }
 
-  // After this, offset and sum hold each row's maximum and sum; a resident tile holds its exponentials.
+  // After this, offset and sum hold each row's maximum and sum; resident panels hold their exponentials.
   void sum_rows() {
     float before[kMaxTileRows];
     for (int64_t p = first_panel_; p < end_panel_; ++p) {
       multiply(p);
       std::copy(s_.offset, s_.offset + num_rows_, before);
-      raise_offsets(panel(p), s_.offset);
-      if (t_.resident) continue;
-      for (int64_t r = 0; r < num_rows_; ++r) {
-        if (s_.offset[r] > before[r]) s_.sum[r] *= std::exp2(before[r] - s_.offset[r]);
-      }
-      exponentiate(panel(p), s_.offset, s_.sum);
+      raise_offsets(panel(p), a_.exponent_scale, s_.offset);
+      change_offset(before, s_.offset, num_rows_, s_.sum);
+      exponentiate(panel(p), a_.exponent_scale, s_.offset, s_.sum);
+      if (t_.resident) std::copy(s_.offset, s_.offset + num_rows_, panel_offset(p));
     }
-    if (!t_.resident) return;
-    for (int64_t p = first_panel_; p < end_panel_; ++p) exponentiate(panel(p), s_.offset, s_.sum);
   }
 
-  // Adds the sink to a row's sum. Returns what a resident row's exponentials have to be multiplied with from then on.
-  float add_sink(int64_t r) {
+  void add_sink(int64_t r) {
     const float sink = a_.sink ? a_.sink[head(r)] * kLog2e : -kInf;
-    if (sink == -kInf) return 1.f;
-    const float highest = sink > s_.offset[r] ? sink : s_.offset[r], factor = std::exp2(s_.offset[r] - highest);
-    s_.sum[r] = s_.sum[r] * factor + std::exp2(sink - highest);
+    if (sink == -kInf) return;
+    const float highest = sink > s_.offset[r] ? sink : s_.offset[r];
+    s_.sum[r] = s_.sum[r] * std::exp2(s_.offset[r] - highest) + std::exp2(sink - highest);
     s_.offset[r] = highest;
-    return factor;
   }
 
   // The lse out, and what the column sums need. A row whose lse is -inf contributes nothing.
   void finish_rows() {
     for (int64_t r = 0; r < num_rows_; ++r) {
       const int64_t h = head(r), i = of_.q_begin + query(r);
-      const float lowered = add_sink(r);
+      add_sink(r);
       float lse = s_.sum[r] == 0.f ? -kInf : kLn2 * s_.offset[r] + std::log(s_.sum[r]);
       if (a_.lse_in) lse = a_.lse_in[of_.batch * a_.stride_lse_in.batch + h * a_.stride_lse_in.head + i];
       a_.lse[(of_.batch * a_.num_q_heads + h) * a_.q_len + i] = lse;
@@ -310,7 +294,7 @@ class Task {
         s_.sees[r] = {};
         s_.factor[r] = 0.f;
       } else if (t_.resident) {
-        s_.factor[r] = s_.factor[r] * lowered / s_.sum[r];
+        s_.factor[r] /= s_.sum[r];
       } else {
         s_.offset[r] = a_.lse_in ? lse * kLog2e : s_.offset[r] + std::log2(s_.sum[r]);
       }
@@ -320,10 +304,13 @@ class Task {
   void add_panel(int64_t p) {
     const auto add = a_.max_reduce ? (t_.resident ? add_columns<true, false> : add_columns<true, true>)
                                    : (t_.resident ? add_columns<false, false> : add_columns<false, true>);
+    float factor[kMaxTileRows];
+    std::copy(s_.factor, s_.factor + num_rows_, factor);
+    if (t_.resident) change_offset(panel_offset(p), s_.offset, num_rows_, factor);
     for (int64_t r = 0, run; r < num_rows_; r += run) {
       run = run_of_head(r);
       float* columns = columns_ + (head(r) - kv_head_ * a_.group()) * t_.padded_keys() + p * t_.panel_keys;
-      add(panel(p), r, r + run, s_.offset, s_.factor, columns);
+      add(panel(p), r, r + run, a_.exponent_scale, s_.offset, factor, columns);
     }
   }
 
@@ -341,10 +328,12 @@ class Task {
   const AttnSequence& of_;
   const Tiling& t_;
   Scratch& s_;
-  const T* const keys_;  // of the head; the sequence's begin with a_.key_row
+  const T* const queries_;  // of the sequence
+  const T* const keys_;     // of the head; the sequence's begin with a_.key_row
   const int64_t kv_head_;
   float* const columns_;
   int64_t first_row_ = 0, num_rows_ = 0, first_panel_ = 0, end_panel_ = 0;
+  bool last_ = false;  // tile of the run
 };
 
 // A sequence with its place in a slab: a run of sequences whose tasks run side by side.

@@ -2,6 +2,8 @@
 // Copyright (c) 2026 The tokred authors
 // What both passes of attn_received share: a warp's own rows, a stream of tiles in shared memory, and their product.
 #pragma once
+#include <initializer_list>
+
 #include "common/cp_async.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -49,7 +51,7 @@ struct AttnPlace {
   int kv_head, index;
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kOwnRows = AttnConfig<T, kDim>::kMaxRows>
 struct AttnStorage {
   using C = AttnConfig<T, kDim>;
   T tile[C::kStages][C::kTile][C::kStride];
@@ -71,7 +73,7 @@ struct AttnStorage {
       float own_bias[C::kMaxRows];
     } queries;
   };
-  T own[C::kIsFloat ? C::kMaxRows : 1][C::kStride];  // float32: the warps' own rows
+  T own[C::kIsFloat ? kOwnRows : 1][C::kStride];  // float32: the warps' own rows
 };
 
 template <typename T>
@@ -82,20 +84,6 @@ __device__ inline Rows<T> query_rows(const AttnReceivedArgs& a, const AttnSequen
 template <typename T>
 __device__ inline const T* keys_of_head(const AttnReceivedArgs& a, const AttnSequence& s, int64_t kv_head) {
   return static_cast<const T*>(a.k) + s.batch * a.stride_k.batch + kv_head / a.k_repeat * a.stride_k.head;
-}
-
-// The largest b in [0, last] with before(b) <= value, where before grows and before(0) <= value. Valid in every lane.
-template <typename Before>
-__device__ inline int warp_search(int last, int64_t value, const Before& before) {
-  int low = 0, count = last + 1;
-  while (count > 1) {
-    const int step = ceil_div(count, kWarpSize), at = low + lane_index() * step;
-    const unsigned votes = __ballot_sync(kFullMask, at < low + count && before(at) <= value);
-    const int passed = max(__popc(votes) - 1, 0) * step;
-    low += passed;
-    count = min(step, count - passed);
-  }
-  return low;
 }
 
 __device__ inline AttnPlace locate(const AttnReceivedArgs& a, const AttnBlocks& blocks) {
@@ -138,6 +126,24 @@ __device__ inline void block_load_tile(T (*tile)[AttnConfig<T, kDim>::kStride], 
   }
 }
 
+// Queries [first, first + kTile) of a head into a stage, those before end, with what weighs their products.
+template <typename T, int kDim, int kOwnRows>
+__device__ inline void block_load_queries(AttnStorage<T, kDim, kOwnRows>& shared, int stage, const AttnReceivedArgs& a,
+                                          const AttnSequence s, int head, int first, int end, bool aligned) {
+  block_load_tile<T, kDim>(shared.tile[stage], query_rows<T>(a, s, head), first, nullptr, static_cast<int>(a.head_dim),
+                           aligned);
+  const int r = thread_rank();  // the block has at least kTile threads
+  if (r >= AttnConfig<T, kDim>::kTile) return;
+  const bool valid = first + r < end;
+  const int64_t query = s.q_begin + (valid ? first + r : 0);
+  shared.queries.sees[stage][r] = valid ? s.visible(first + r) : KeySpan{0, 0};
+  const float* lse = a.lse + (s.batch * a.num_q_heads + head) * a.q_len;
+  cp_async_4(&shared.queries.lse[stage][r], lse + query, valid);
+  if (!a.q_weight) return;
+  const int64_t offset = s.batch * a.stride_weight.batch + head * a.stride_weight.head;
+  cp_async_4(&shared.queries.weight[stage][r], a.q_weight + offset + query, valid);
+}
+
 // A warp's own rows over the whole depth, 16-bit types: as A fragments in registers. row_at(r): the row, or null for
 // zeros.
 template <typename T, int kDim>
@@ -145,8 +151,8 @@ struct OwnRows {
   using C = AttnConfig<T, kDim>;
   uint32_t a[C::kRowTiles][C::kSteps][4];
 
-  template <typename RowAt>
-  __device__ void load(AttnStorage<T, kDim>&, RowAt&& row_at, int head_dim, bool aligned) {
+  template <typename Storage, typename RowAt>
+  __device__ void load(Storage&, RowAt&& row_at, int head_dim, bool aligned) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
@@ -175,10 +181,10 @@ struct OwnRows {
 template <int kDim>
 struct OwnRows<float, kDim> {
   using C = AttnConfig<float, kDim>;
-  const float (*rows)[C::kStride];
+  const float (*rows)[C::kStride] = nullptr;
 
-  template <typename RowAt>
-  __device__ void load(AttnStorage<float, kDim>& shared, RowAt&& row_at, int head_dim, bool) {
+  template <typename Storage, typename RowAt>
+  __device__ void load(Storage& shared, RowAt&& row_at, int head_dim, bool) {
     float (*mine)[C::kStride] = shared.own + warp_index() * C::kRowsPerWarp;
     for (int r = 0; r < C::kRowsPerWarp; ++r) {
       const float* row = row_at(r);
@@ -225,6 +231,41 @@ __device__ inline void warp_multiply(float (&acc)[AttnConfig<T, kDim>::kRowTiles
       }
     }
   }
+}
+
+// Whether the rows of q and k may be read by 16 bytes at a time.
+template <typename T>
+bool has_aligned_rows(const AttnReceivedArgs& a) {
+  const auto if_many = [](int64_t count, int64_t stride) {
+    return static_cast<uint64_t>(count > 1 ? stride : 0) * sizeof(T);
+  };
+  const uint64_t all = reinterpret_cast<uint64_t>(a.q) | reinterpret_cast<uint64_t>(a.k) |
+                       static_cast<uint64_t>(a.head_dim) * sizeof(T) | if_many(a.batch_size, a.stride_q.batch) |
+                       if_many(a.num_q_heads, a.stride_q.head) | if_many(a.q_len, a.stride_q.token) |
+                       if_many(a.batch_size, a.stride_k.batch) | if_many(a.num_kv_heads, a.stride_k.head) |
+                       if_many(a.kv_len, a.stride_k.token) | if_many(a.num_pages, a.stride_page);
+  return all % 16 == 0;
+}
+
+// f(Tag<T>{}, the depth that head_dim is padded to with zeros): the sizes of real models for 16-bit types (none below
+// 64, where the exponential binds anyway), a power of two for float32.
+template <typename F>
+void dispatch_rows(const AttnReceivedArgs& a, const F& f) {
+  const int head_dim = static_cast<int>(a.head_dim);
+  const auto smallest_above = [&](std::initializer_list<int> sizes) {
+    for (const int size : sizes) {
+      if (head_dim <= size) return size;
+    }
+    return 0;
+  };
+  dispatch_float(a.dtype, [&](auto tag) {
+    const auto run = [&](auto padded) { f(tag, padded); };
+    if constexpr (sizeof(typename decltype(tag)::type) == 4) {
+      (void)dispatch_int<64, 128, 256>(smallest_above({64, 128, 256}), run);
+    } else {
+      (void)dispatch_int<64, 80, 96, 128, 160, 192, 256>(smallest_above({64, 80, 96, 128, 160, 192, 256}), run);
+    }
+  });
 }
 
 }  // namespace tokred

@@ -4,34 +4,13 @@
 // the weights that keys receive. All of it on accumulator fragments: acc[r / 2][i / 2][2 * (r % 2) + i % 2] is the
 // product of own row 8 r + lane / 4 with streamed row 8 (i / 2) + 2 (lane % 4) + i % 2.
 #pragma once
-#include "common/warp.cuh"
+#include "common/exp_sum.cuh"
 #include "score/attn_received_tiles.cuh"
 
 namespace tokred {
 
-// sum * 2^peak is a sum of exponentials, 2^-inf of which is 0 for an empty one. NaN shows in the sum.
-struct ExpSum {
-  float peak = -INFINITY, sum = 0.f;
-
-  __device__ static float safe(float peak) { return peak == -INFINITY ? 0.f : peak; }  // -inf - -inf would be NaN
-  __device__ void merge(float other_peak, float other_sum) {
-    const float highest = fmaxf(peak, other_peak), base = safe(highest);
-    sum = sum * fast_exp2(peak - base) + other_sum * fast_exp2(other_peak - base);
-    peak = highest;
-  }
-  __device__ void add_sink(const AttnReceivedArgs& a, int64_t head) {
-    if (a.sink) merge(a.sink[head] * kLog2e, 1.f);
-  }
-  __device__ float lse() const { return sum == 0.f ? -INFINITY : kLn2 * peak + logf(sum); }
-};
-
-template <int kWidth>
-__device__ inline void warp_merge(ExpSum& x) {  // valid in every lane
-#pragma unroll
-  for (int offset = kWidth / 2; offset > 0; offset /= 2) {
-    const float peak = __shfl_xor_sync(kFullMask, x.peak, offset), sum = __shfl_xor_sync(kFullMask, x.sum, offset);
-    x.merge(peak, sum);
-  }
+__device__ inline void add_sink(ExpSum& x, const AttnReceivedArgs& a, int64_t head) {
+  if (a.sink) x.merge(a.sink[head] * kLog2e, 1.f);
 }
 
 // Products become logits on the base-2 scale, softcap * tanh(product * scale / softcap) + bias[at(r, i)]: for those
@@ -58,9 +37,6 @@ __device__ inline void thread_adjust(float (&acc)[kRowTiles][kColTiles][4], floa
     each([&](float& x, int, int) { x *= scale; });
   }
 }
-
-// NaN if either is.
-__device__ inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
 
 // Products q k become the weights that the chunk's queries, columns of acc, give to the warp's keys; times scale they
 // are logits. 0 from a query whose lse is -inf, and to keys outside of sees[column] where masked says that there may

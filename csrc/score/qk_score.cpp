@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "qk_score";
 
 // Sets k, pages, kv_len and num_kv_heads of a.
-void check_k(const Tensor& q, const Tensor& k, const OptTensor& page_table, QkScoreArgs& a) {
+void check_k(const Tensor& q, const Tensor& k, const OptTensor& page_table, QkRows& a) {
   const bool paged = page_table.has_value();
   TOKRED_CHECK(k.dim() == 4 && (paged || k.size(0) == a.batch_size), "qk_score: expected k of shape ",
                paged ? "[num_pages, page_size, num_kv_heads, head_dim] (with page_table)"
@@ -33,20 +33,20 @@ void check_k(const Tensor& q, const Tensor& k, const OptTensor& page_table, QkSc
 }
 
 struct Call {
-  QkScoreArgs args;
+  QkRows args;
   Tensor out;
 };
 
 Call prepare(const Tensor& q, const Tensor& k, const OptTensor& page_table, const OptTensor& kv_lens,
              const OptTensor& head_weight, const OptTensor& channels, bool relu, bool sum_heads, double scale) {
-  QkScoreArgs a{};
+  QkRows a{};
   TOKRED_CHECK(q.dim() == 4, "qk_score: expected q of shape [batch_size, num_q_heads, q_len, head_dim], got ",
                shape_of(q));
   a.dtype = check_float(kOp, "q", q);
-  TOKRED_CHECK(q.size(3) >= 1 && q.size(3) <= kQkScoreMaxHeadDim, "qk_score: expected q with head_dim in [1, ",
-               kQkScoreMaxHeadDim, "], got ", q.size(3));
-  TOKRED_CHECK(q.size(2) <= kQkScoreMaxQueries, "qk_score: expected q with q_len in [0, ", kQkScoreMaxQueries,
-               "], got ", q.size(2));
+  TOKRED_CHECK(q.size(3) >= 1 && q.size(3) <= kQkRowsMaxHeadDim, "qk_score: expected q with head_dim in [1, ",
+               kQkRowsMaxHeadDim, "], got ", q.size(3));
+  TOKRED_CHECK(q.size(2) <= kQkRowsMaxQueries, "qk_score: expected q with q_len in [0, ", kQkRowsMaxQueries, "], got ",
+               q.size(2));
   check_last_dim(kOp, "q", q);
   a.q = q.const_data_ptr();
   a.batch_size = q.size(0);
@@ -87,11 +87,11 @@ Call prepare(const Tensor& q, const Tensor& k, const OptTensor& page_table, cons
   return call;
 }
 
-using Run = void (*)(const QkScoreArgs& args, const Tensor& q);
+using Run = void (*)(const QkRows& args, const Tensor& q);
 
-void run_cpu(const QkScoreArgs& args, const Tensor&) { qk_score_cpu(args); }
+void run_cpu(const QkRows& args, const Tensor&) { qk_score_cpu(args); }
 
-[[maybe_unused]] void run_cuda(const QkScoreArgs& args, const Tensor& q) {
+[[maybe_unused]] void run_cuda(const QkRows& args, const Tensor& q) {
 #if defined(TOKRED_WITH_CUDA) || defined(TOKRED_SIMT)
   const OnDevice device(q);
   check_cuda(kOp, qk_score_cuda(args, device.stream()));
@@ -107,7 +107,7 @@ Tensor qk_score(const Tensor& q, const Tensor& k, const OptTensor& page_table, c
 }
 
 Plan plan_qk_score(const PlanSizes& s) {
-  QkScoreArgs a{};
+  QkRows a{};
   a.batch_size = s["batch_size"];
   a.num_q_heads = s["num_q_heads"];
   a.num_kv_heads = s["num_kv_heads"];
@@ -116,9 +116,9 @@ Plan plan_qk_score(const PlanSizes& s) {
   a.k.dim = s["head_dim"];
   a.sum_heads = s.get("sum_heads", 0) != 0;
   a.dtype = s.get("element_size", 2) == 4 ? DType::kF32 : DType::kBF16;
-  const QkScorePolicy p = choose_policy(a);
+  const QkRowsPolicy p = choose_qk_policy(a);
   Plan plan;
-  plan.launches.push_back({"qk_score_kernel", {num_blocks(a, p), 1, 1}, kQkScoreThreads});
+  plan.launches.push_back({"qk_rows_kernel", {num_blocks(a, p), 1, 1}, kQkRowsThreads});
   return plan;
 }
 TOKRED_PLAN(qk_score, plan_qk_score)

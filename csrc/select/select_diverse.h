@@ -5,7 +5,6 @@
 // next pick is the token of the largest value. States of tokens that have no similarity at all (NaN, infinity) are NaN.
 #pragma once
 #include "common/dispatch.h"
-#include "common/pair_tiles.h"
 #include "common/ragged.h"
 
 namespace tokred {
@@ -162,12 +161,15 @@ constexpr int64_t diverse_tiles(int64_t num_tokens) {
   return columns * (columns + 1);
 }
 constexpr SelectDiversePolicy choose_policy(const SelectDiverseArgs& a, uint64_t address) {
+  const uint64_t bytes = static_cast<uint64_t>(element_size(a.dtype));
+  const uint64_t all = address | static_cast<uint64_t>(a.dim) * bytes | static_cast<uint64_t>(a.stride_token) * bytes |
+                       static_cast<uint64_t>(a.batch_size > 1 ? a.stride_batch : 0) * bytes;
   const int64_t n = a.max_seqlen;
   const bool gram = n <= kDiverseGramTokens;
   const int items = !gram ? 0 : n <= kDiverseMaxThreads ? 1 : 4;
   const int64_t threads = gram ? ceil_div(ceil_div(n, int64_t{items}), int64_t{32}) * 32 : kDiverseStreamThreads;
   const int64_t room = n > 0 ? std::max<int64_t>(kDiverseGroupBytes / (4 * n * n), 1) : 1;
-  return {rows_are_aligned(address, a.dtype, a.dim, a.stride_token, a.batch_size, a.stride_batch),
+  return {all % 16 == 0,
           gram,
           gram || a.start == DiverseStart::kFarthest ? diverse_tiles(n) : 0,
           gram ? std::min(a.batch_size, room) : a.batch_size,

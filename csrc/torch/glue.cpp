@@ -145,12 +145,12 @@ void check_same_device(const char* op, const char* first, const Tensor& x, const
                device_of(other));
 }
 
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x) {
-  TOKRED_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op,
-               ": expected cu_seqlens of shape [batch_size + 1], got ", shape_of(cu_seqlens));
-  check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
-  check_contiguous(op, "cu_seqlens", cu_seqlens);
-  check_same_device(op, first, x, "cu_seqlens", cu_seqlens);
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x, const char* name) {
+  TOKRED_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": expected ", name,
+               " of shape [batch_size + 1], got ", shape_of(cu_seqlens));
+  check_dtype(op, name, cu_seqlens, ScalarType::Int);
+  check_contiguous(op, name, cu_seqlens);
+  check_same_device(op, first, x, name, cu_seqlens);
 }
 
 void check_int32_range(const char* op, const char* name, int64_t value) {
@@ -204,7 +204,19 @@ void ask_for_huge_pages(const Tensor& x) {
 }  // namespace
 
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor x = torch::stable::new_empty(like, shape, dtype);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  // Not by torch::stable::new_empty: it looks the operator up by its name, which takes longer than the allocation.
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 1 ? shape[i] : 1);
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), to<int32_t>(from(dtype)), device_type,
+                                                         device_index, &handle));
+  Tensor x(handle);
   ask_for_huge_pages(x);
   return x;
 }

@@ -71,7 +71,8 @@ void check_last_dim(const char* op, const char* name, const Tensor& x);  // stri
 void check_contiguous(const char* op, const char* name, const Tensor& x);
 void check_same_device(const char* op, const char* first, const Tensor& x, const char* name, const Tensor& other);
 // int32 [batch_size + 1], contiguous, on the device of x, the argument first.
-void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x);
+void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, const char* first, const Tensor& x,
+                      const char* name = "cu_seqlens");
 void check_int32_range(const char* op, const char* name, int64_t value);  // a count that kernels hold in an int32
 
 // K or V of four dimensions, dense or in pages.

@@ -303,7 +303,7 @@ ERRORS = {
         lambda x, s: tokred.prune_topk(x.repeat(1, 1, 2)[:, :, ::2], s, 2)
     ),
     "expected keep_mask of dtype bool, got float32": lambda x, s: tokred.prune_topk(x, s, 2, keep_mask=s),
-    "expected drop_mask of shape of score = [2, 6], got [2, 3]": (
+    "expected drop_mask of shape [batch_size, num_tokens] = [2, 6], got [2, 3]": (
         lambda x, s: tokred.prune_topk(x, s, 2, drop_mask=s[:, :3].contiguous() > 0)
     ),
     "expected keep_mask contiguous, got strides [0, 1]": (

@@ -57,8 +57,9 @@ def test_ragged(device):
     cu_seqlens = torch.tensor([0, *lens], device=device).cumsum(0).int()
     keep = (torch.rand(sum(lens)) < 0.3).to(device)
     keep[4:8] = False
+    keep[-2:] = False  # sequences of one token
     kept_or_marker, marker, num_runs = check(keep, cu_seqlens=cu_seqlens)
-    assert marker[4] and not marker[5]
+    assert marker[4] and not marker[5] and marker[-2:].all()
     for b, (start, length) in enumerate(zip(cu_seqlens.tolist(), lens)):
         part = slice(start, start + length)
         alone = tokred.run_markers(keep[None, part])

@@ -20,6 +20,12 @@ def test_floor_by_hand():
     written = 32 * 181 * (1536 + 4)  # rows and their float32 sizes
     assert floor(x, dst_idx, 181) == (32 * 197 * (1536 + 8) + written, 0)
     assert floor(x, dst_idx, 181, size=size, weight=size) == (32 * 197 * (1536 + 8 + 4 + 4) + written, 0)
+    positions = torch.empty(32, 197, 3, device="meta")
+    assert floor(x, dst_idx, 181, others=[positions]) == (32 * 197 * (1536 + 8 + 12) + written + 32 * 181 * 12, 0)
+    entries = torch.empty(32, 500, dtype=torch.int32, device="meta")
+    assert floor(x, entries, 181, src_idx=entries) == (32 * 197 * 1536 + 32 * 500 * 8 + written, 0)
+    packed = torch.empty(33, dtype=torch.int32, device="meta")
+    assert floor(x.flatten(0, 1), dst_idx.flatten(), 181, cu_seqlens=packed)[0] == 32 * 197 * 1544 + written + 33 * 4
 
 
 def random_map(batch_size, num_tokens, num_out, device):
@@ -194,6 +200,12 @@ def test_bits_do_not_depend_on_threads_or_batch(device, dtype, threads):
         for other in rest:
             assert torch.equal(first[0], other[0])
             assert torch.equal(first[1], other[1])
+        _, src_idx = random_entries(5, 300, 300, 40, device)
+        sparse = threads(
+            lambda o=options, s=src_idx: tokred.segment_merge(x, dst_idx, 40, weight=weight, src_idx=s, **o)
+        )
+        for other in sparse[1:]:
+            assert_close(other, sparse[0], rtol=0, atol=0)
         for b in range(5):
             row = slice(b, b + 1)
             alone = tokred.segment_merge(x[row], dst_idx[row], 40, weight=weight[row], size=weight[row], **options)
@@ -214,6 +226,97 @@ def test_size_weighted_mean_of_tome(device):
     assert_close(merged, composed, rtol=1e-5, atol=1e-5)
     assert torch.equal(size, count)
     assert size.sum() == 2 * 197
+
+
+def random_entries(batch_size, num_entries, num_tokens, num_out, device):
+    """Rows and tokens with repeats, some of them outside."""
+    rows = torch.randint(-1, num_out + 1, (batch_size, num_entries))
+    tokens = torch.randint(-1, num_tokens + 1, (batch_size, num_entries))
+    tokens[torch.rand(batch_size, num_entries) < 0.05] = -(2**31)
+    return rows.to(device), tokens.to(device)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_entries"), [(1, 40), (30, 0), (0, 9), (37, 5), (20, 300)])
+def test_many_to_many(device, dtype, num_tokens, num_entries):
+    x = torch.randn(2, num_tokens, 20).to(device, dtype)
+    rows, tokens = random_entries(2, num_entries, num_tokens, 9, device)
+    for i, options in enumerate(every_mode(device, 2, num_entries)):
+        ids = (rows, tokens) if i % 2 else (rows.int(), tokens.int())
+        check(x, ids[0], 9, terms=num_entries, src_idx=ids[1], **options)
+
+
+def test_many_to_many_is_a_matrix_product(device):
+    """Token Transforming: x' = W x and size' = W s, for a W of any pattern; what no entry names is not read."""
+    w = torch.randn(6, 14) * (torch.rand(6, 14) < 0.3)
+    w[:, 4] = 0
+    rows, tokens = w.nonzero().T[:, None].to(device).unbind(0)
+    x, size = torch.randn(1, 14, 8), torch.rand(1, 14)
+    expected = w @ x
+    x[0, 4] = float("nan")
+    weight = w[w != 0][None].to(device)
+    merged, sizes = tokred.segment_merge(
+        x.to(device),
+        rows.contiguous(),
+        6,
+        src_idx=tokens.contiguous(),
+        weight=weight,
+        size=weight * size.to(device).gather(1, tokens),
+        mode="sum",
+    )
+    assert_close(merged.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(sizes.cpu(), size @ w.T, rtol=1e-5, atol=1e-5)
+
+
+def test_many_to_many_adds_in_entry_order(device):
+    x = torch.tensor([2.0**24, 1.0, -(2.0**24)], device=device).reshape(1, 3, 1)
+    zeros = torch.zeros(1, 6, dtype=torch.int64, device=device)
+    for tokens, expected in (([0, 1, 1, 2, 1, 1], 2.0), ([1, 1, 1, 1, 0, 2], 4.0)):
+        src_idx = torch.tensor([tokens], device=device)
+        assert tokred.segment_merge(x, zeros, 1, src_idx=src_idx, mode="sum")[0].item() == expected
+
+
+def test_many_to_many_beyond_2_31(device):
+    x = torch.empty(2**32 + 4096, dtype=torch.float16, device=device).as_strided((1, 3, 64), (0, 2**31 + 7, 1))
+    x[:] = torch.arange(64, device=device) + torch.tensor([[0], [1], [5]], device=device)
+    ids = torch.tensor([[1, 1, 0, 0], [2, 0, 2, 2]], device=device)
+    check(x, ids[:1], 2, src_idx=ids[1:])
+
+
+def test_others_are_merged_alike(device):
+    """Bit for bit what a call of their own gives, in their own dtype."""
+    x = torch.randn(2, 40, 24, device=device)
+    others = [torch.randn(2, 40, 3), torch.randn(2, 40, 130).half(), torch.randn(2, 40, 50).bfloat16()[:, :, 1:42]]
+    others = [t.to(device) for t in others]
+    rows, tokens = random_entries(2, 70, 40, 9, device)
+    for options in every_mode(device, 2, 40):
+        dst_idx = random_map(2, 40, 9, device)
+        merged, size_out, rest = tokred.segment_merge(x, dst_idx, 9, others=others, **options)
+        for t, m in zip((x, *others), (merged, *rest)):
+            assert_close((m, size_out), tokred.segment_merge(t, dst_idx, 9, **options), rtol=0, atol=0)
+    merged, size_out, rest = tokred.segment_merge(x, rows, 9, src_idx=tokens, others=others)
+    for t, m in zip((x, *others), (merged, *rest)):
+        assert_close((m, size_out), tokred.segment_merge(t, rows, 9, src_idx=tokens), rtol=0, atol=0)
+    assert tokred.segment_merge(x, dst_idx, 9, others=[])[2] == []
+
+
+def test_packed_sequences_are_merged_as_if_alone(device, dtype):
+    """Also without tokens; what lies before, between and behind them belongs to none."""
+    cu_seqlens = torch.tensor([0, 7, 7, 30, 31], dtype=torch.int32, device=device)
+    x, others = torch.randn(40, 16).to(device, dtype), [torch.randn(40, 3, device=device)]
+    x[31:] = float("nan")
+    dst_idx = random_map(1, 40, 5, device)[0]
+    for options in every_mode(device, 1, 40):
+        flat = {k: v[0] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        merged, size_out, rest = tokred.segment_merge(x, dst_idx, 5, cu_seqlens=cu_seqlens, others=others, **flat)
+        plain = tokred.segment_merge(x, dst_idx, 5, cu_seqlens=cu_seqlens, **flat)
+        assert_close(plain, (merged, size_out), rtol=0, atol=0)
+        for b in range(4):
+            part = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+            own = {k: v[:, part].contiguous() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            alone = tokred.segment_merge(x[None, part], dst_idx[None, part], 5, others=[others[0][None, part]], **own)
+            assert_close(
+                (merged[b], size_out[b], [rest[0][b]]), (alone[0][0], alone[1][0], [alone[2][0][0]]), rtol=0, atol=0
+            )
 
 
 @st.composite
@@ -268,6 +371,37 @@ def test_gradients_equal_reference(device, dtype):
             assert_close(a, e, **({"rtol": 1e-4, "atol": 1e-4} if a.dtype == torch.float32 else {}), name=f"{options}")
 
 
+def gradients_with(function, x, dst_idx, options, fixed, others):
+    """Those of x, of given tensors and of others."""
+    leaves = [t.clone().requires_grad_() for t in others]
+
+    def joined(x, dst_idx, num_out, **options):
+        merged, size_out, rest = function(x, dst_idx, num_out, others=leaves, **fixed, **options)
+        return torch.cat([merged, *rest], -1), size_out
+
+    return [*gradients(joined, x, dst_idx, 5, options), *(t.grad for t in leaves)]
+
+
+def test_gradients_of_entries_others_and_packed(device):
+    x, others = torch.randn(2, 12, 8, device=device), [torch.randn(2, 12, 3, device=device)]
+    rows, tokens = random_entries(2, 31, 12, 5, device)
+    cu_seqlens = torch.tensor([0, 5, 5, 20], dtype=torch.int32, device=device)
+    for options in every_mode(device, 2, 31):
+        calls = [
+            ((x, rows), options, {"src_idx": tokens}, others),
+            (
+                (x.flatten(0, 1), rows.flatten()[:24]),
+                {k: v.flatten()[:24] if isinstance(v, torch.Tensor) else v for k, v in options.items()},
+                {"cu_seqlens": cu_seqlens},
+                [others[0].flatten(0, 1)],
+            ),
+        ]
+        for args, options, fixed, more in calls:
+            ours = gradients_with(tokred.segment_merge, *args, options, fixed, more)
+            for actual, expected in zip(ours, gradients_with(reference, *args, options, fixed, more)):
+                assert_close(actual, expected, rtol=1e-4, atol=1e-4, name=f"{options.keys()} {fixed.keys()}")
+
+
 def test_gradients_without_size_out(device):
     x, dst_idx = torch.randn(2, 9, 4, device=device), random_map(2, 9, 4, device)
     size = torch.rand(2, 9, device=device) + 1
@@ -297,12 +431,22 @@ def test_vmap(device):
             assert torch.equal(m[i], e)
 
 
+def test_vmap_of_entries(device):
+    x, other = torch.randn(3, 2, 9, 4, device=device), torch.randn(2, 9, 2, device=device)
+    rows, tokens = random_entries(2, 20, 9, 4, device)
+    mapped = torch.vmap(lambda a: tokred.segment_merge(a, rows, 4, src_idx=tokens, others=[other]))(x)
+    for i in range(3):
+        expected = tokred.segment_merge(x[i], rows, 4, src_idx=tokens, others=[other])
+        assert_close((mapped[0][i], mapped[1][i], [mapped[2][0][i]]), expected, rtol=0, atol=0)
+
+
 def test_autocast_leaves_it_alone(device):
     x, dst_idx = torch.randn(1, 5, 4, device=device), torch.zeros(1, 5, dtype=torch.int64, device=device)
     with torch.autocast(device, torch.bfloat16):
         assert tokred.segment_merge(x, dst_idx, 1)[0].dtype == torch.float32
 
 
+CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 X, DST, W = torch.zeros(2, 6, 4), torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)
 ERRORS = {
     "expected x of shape [batch_size, num_tokens, dim], got [2, 6]": lambda d: ((W.to(d), DST.to(d), 3), {}),
@@ -324,6 +468,31 @@ ERRORS = {
     ),
     "expected size contiguous, got strides [1, 2]": (
         lambda d: ((X.to(d), DST.to(d), 3), {"size": W.T.contiguous().to(d).T})
+    ),
+    "expected src_idx of shape that of dst_idx = [2, 6], got [2, 5]": (
+        lambda d: ((X.to(d), DST.to(d), 3), {"src_idx": DST[:, :5].contiguous().to(d)})
+    ),
+    "expected src_idx of dtype int64 or int32, got float32": lambda d: ((X.to(d), DST.to(d), 3), {"src_idx": W.to(d)}),
+    "expected weight of shape [batch_size, num_tokens] = [2, 3], got [2, 6]": (
+        lambda d: (
+            (X.to(d), DST[:, :3].contiguous().to(d), 3),
+            {"src_idx": DST[:, :3].contiguous().to(d), "weight": W.to(d)},
+        )
+    ),
+    "expected others[1] of shape [batch_size, num_tokens, any] = [2, 6, any], got [2, 6]": (
+        lambda d: ((X.to(d), DST.to(d), 3), {"others": [X.to(d), W.to(d)]})
+    ),
+    "expected others[0] of dtype float32, float16 or bfloat16, got int64": (
+        lambda d: ((X.to(d), DST.to(d), 3), {"others": [X.long().to(d)]})
+    ),
+    "expected src_idx=None with cu_seqlens, got a tensor": (
+        lambda d: ((X[0].to(d), DST[0].to(d), 3), {"src_idx": DST[0].to(d), "cu_seqlens": CU.to(d)})
+    ),
+    "expected cu_seqlens int32 of shape [batch_size + 1], got int64 [3]": (
+        lambda d: ((X[0].to(d), DST[0].to(d), 3), {"cu_seqlens": CU.long().to(d)})
+    ),
+    "expected x of shape [total_tokens, dim] and dst_idx of shape [total_tokens] with cu_seqlens, got [2, 6, 4] and [2, 6]": (
+        lambda d: ((X.to(d), DST.to(d), 3), {"cu_seqlens": CU.to(d)})
     ),
     'expected mode "mean", "sum" or "max", got "min"': lambda d: ((X.to(d), DST.to(d), 3), {"mode": "min"}),
     'expected weight=None in mode "max", got a tensor': (

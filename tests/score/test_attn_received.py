@@ -42,8 +42,9 @@ def test_floor_by_hand():
     q, k, table = meta(2, 4, 5, 8), meta(99, 16, 2, 8), meta(2, 3, dtype=torch.int32)
     moved = 2 * 16 * (2 * 4 * 5 + 2 * 2 * 48) + 24 + 4 * 2 * 4 * (48 + 5)
     assert floor(q, k, page_table=table) == (moved, 2 * 2 * 2 * 4 * 5 * 48 * 8)
-    # The CPU keeps a block's logits: one pass.
+    # The CPU keeps a block's logits: one pass. Diagonals: another one, 2 + 3 of 6 pairs; 3 sums.
     q, k = torch.empty(1, 1, 2, 4), torch.empty(1, 1, 3, 4)
+    assert floor(q, k, causal=True, return_diagonal=True) == (2 * 4 * (8 + 12) + 4 * (3 + 3 + 2), 2 * 2 * 5 * 4)
     assert floor(q, k) == (4 * (8 + 12) + 4 * (3 + 2), 2 * 2 * 3 * 4)
 
 
@@ -240,6 +241,73 @@ def test_q_start(device, q_start):
     assert_close(tokred.attn_received(q, k, q_start=q_start), tokred.attn_received(q, k), rtol=0, atol=0)  # not causal
 
 
+def check_diagonals(q, k, **options):
+    return check(q, k, causal=True, return_diagonal=True, **options)
+
+
+# Bands of 192 diagonals (16-bit) or 32 (float32), tiles of 64 or 32 queries: below, at, above; more queries than keys.
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 50), (33, 32), (64, 191), (65, 193), (130, 130), (9, 400)])
+def test_diagonals(device, dtype, q_len, kv_len):
+    q, k = make(device, dtype, 2, (4, 2), q_len, kv_len, 40)
+    received, _, diagonal = check_diagonals(q, k)
+    assert_close(diagonal.sum(-1), received.sum(-1), rtol=1e-5, name="mass")
+
+
+@pytest.mark.parametrize("head_dim", [16, 72, 96, 128, 160, 192, 256])
+def test_diagonals_of_head_dims(device, dtype, head_dim, simt):
+    if not simt or dtype != torch.float16:
+        check_diagonals(*make(device, dtype, 1, (1, 1), 70, 210, head_dim))
+
+
+def test_diagonals_by_hand(device):
+    """Equal logits: query i of n spreads 1 / (i + 1) over its distances 0 .. i."""
+    q, k = torch.zeros(1, 1, 100, 8, device=device), torch.randn(1, 1, 100, 8, device=device)
+    share = 1 / torch.arange(1, 101, dtype=torch.float64)
+    expected = share.flip(0).cumsum(0).flip(0).float().to(device)
+    assert_close(tokred.attn_received(q, k, causal=True, return_diagonal=True)[2][0, 0], expected, rtol=1e-5)
+    assert_close(check_diagonals(q[:, :, :0], k)[2], torch.zeros(1, 1, 100, device=device))
+    assert check_diagonals(q, k[:, :, :0])[2].shape == (1, 1, 0)
+    assert check_diagonals(q[:0], k[:0])[2].shape == (0, 1, 100)
+    assert not check_diagonals(q, k[:, :, :3])[2][0, 0, 3:].any()
+
+
+def test_diagonals_take_all_options(device, dtype, simt):
+    if simt and dtype == torch.float16:
+        return
+    q, k = make(device, dtype, 2, (6, 2), 40, 110, 24)
+    weight, bias = torch.randn(2, 6, 40, device=device), torch.randn(2, 6, 110, device=device)
+    bias[:, :, 5:9] = -INF
+    options = {"window": 80, "softcap": 5.0, "sink": torch.randn(6, device=device), "q_weight": weight, "scale": 0.3}
+    assert not check_diagonals(q, k, **options)[2][..., 81:].any()
+    for heads in (1, 2, 6):
+        check_diagonals(q, k, key_bias=bias[:, :heads], **options)
+    lse = tokred.attn_received(q, k, causal=True)[1]
+    lse[0, 1, 3], lse[1, 2, 9] = -INF, NAN
+    diagonal = check_diagonals(q, k, lse=lse)[2]
+    assert diagonal[1, 2, :80].isnan().all() and diagonal[0].isfinite().all()
+
+
+def test_diagonals_do_not_depend_on_batch_or_threads(device, dtype, threads):
+    q, k = make(device, dtype, 3, (2, 1), 70, 210, 16)
+
+    def run():
+        return tokred.attn_received(q, k, causal=True, return_diagonal=True)
+
+    first, *rest = threads(run)
+    for other in rest:
+        assert_close(other, first, rtol=0, atol=0)
+    alone = tokred.attn_received(q[2:], k[2:], causal=True, return_diagonal=True)
+    assert_close([x[2:] for x in first], list(alone), rtol=0, atol=0)
+    assert_close(list(first[:2]), list(tokred.attn_received(q, k, causal=True)), rtol=0, atol=0)
+
+
+def test_diagonals_of_views_read_nothing_else(device, dtype):
+    padded = torch.full((1, 2, 150, 50), NAN, device=device, dtype=dtype)
+    view = padded[:, :, 7:140, 3:43]
+    view.copy_(torch.randn(1, 2, 133, 40))
+    check_diagonals(view[:, :, -70:], view)
+
+
 def test_windows_are_slices(device):
     """Windows of queries, each with its position, add up to all queries; so do weights of 0 and 1."""
     q, k = make(device, torch.bfloat16, 2, (4, 2), 90, 110, 64)
@@ -374,6 +442,89 @@ def test_row_is_independent_of_its_batch(device, dtype, threads):
         assert_close(result, expected, rtol=0, atol=0)
     many = tokred.attn_received(q[:1].repeat(300, 1, 1, 1)[:, :, :2], k[:1, :, :8].repeat(300, 1, 1, 1))
     assert_close(many[0], many[0][:1].expand(300, -1, -1), rtol=0, atol=0)  # more tasks than one slab takes
+
+
+# Rows of a key head that the CPU multiplies with keys where they lie: up to 4 of bfloat16 (with AVX-512's instruction),
+# 8 of float16, 24 others.
+@pytest.mark.parametrize("q_len", [1, 2, 3, 4, 5, 8, 9, 16, 24, 25])
+def test_few_queries(device, dtype, q_len, simt):
+    if simt and q_len not in (1, 5):
+        return
+    kv_len = 70 if simt else 600
+    q, k = make(device, dtype, 2, (2, 2), q_len, kv_len, 72)
+    sink, weight = torch.randn(2, device=device), torch.randn(2, 2, q_len, device=device)
+    bias = torch.randn(2, 1, kv_len, device=device)
+    bias[:, :, ::3] = -INF
+    for options in (
+        {},
+        {"causal": True},
+        {"causal": True, "q_start": kv_len // 2, "reduce": "max"},
+        {"window": 9, "q_start": kv_len // 3, "softcap": 3.0},
+        {"sink": sink, "softcap": 5.0},
+        {"key_bias": bias, "q_weight": weight},
+        {"key_bias": bias, "q_weight": weight, "sink": sink, "causal": True, "window": 300, "reduce": "max"},
+    ):
+        received, lse = check(q, k, **options)
+        if "sink" not in options:
+            assert_close(check(q, k, **options, lse=lse)[0], received, rtol=1e-5, atol=1e-6)
+    grouped = check(q, k[:, :1], key_bias=bias, causal=True)  # twice the rows
+    assert_close(check(q, k[:, :1].expand(-1, 2, -1, -1), key_bias=bias, causal=True), grouped, rtol=1e-5, atol=1e-6)
+    q[0, 0, q_len // 2, 3] = k[1, 1, 50, 70] = NAN
+    check(q, k)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 16, 31, 32, 40, 48, 63, 64, 80, 100, 256])
+def test_few_queries_of_any_depth(device, dtype, head_dim, simt):
+    for q_len in (1, 3) if simt else (1, 3, 6, 12):
+        for kv_len in (1, 7, 16, 33):
+            check(*make(device, dtype, 1, (1, 1), q_len, kv_len, head_dim))
+
+
+def test_few_queries_have_one_result(device, dtype, threads, simt):
+    """However the keys lie, whatever shares the call, on however many threads."""
+    if simt and dtype != torch.bfloat16:
+        return
+    for q_len in (1, 5) if simt else (1, 2, 5, 9, 25):
+        lens = [40, 1] if simt else [150, 40, 0, 600]
+        q, pages, table, kv_lens, dense = paged(device, dtype, 16, lens, q_len, head_dim=64)
+        table[0, 1] = -1
+        dense[0] = torch.cat([dense[0][:, :, :16], dense[0][:, :, 32:]], 2)  # without that page
+        alone = [tokred.attn_received(q[b : b + 1], k) for b, k in enumerate(dense)]
+        for received, lse in threads(lambda: tokred.attn_received(q, pages, page_table=table, kv_lens=kv_lens)):  # noqa: B023
+            for b, n in enumerate(lens):
+                if b > 0:
+                    assert_close((received[b : b + 1, :, :n], lse[b : b + 1]), alone[b], rtol=0, atol=0)
+            seen = torch.cat([received[:1, :, :16], received[:1, :, 32 : lens[0]]], 2)
+            assert_close((seen, lse[:1]), alone[0], rtol=1e-5, atol=1e-7)
+            assert (received[0, :, 16:32] == 0).all()
+        flat = torch.cat([k[0].transpose(0, 1) for k in dense])
+        cu_k = torch.tensor([0, *(k.shape[2] for k in dense)]).cumsum(0).int().to(device)
+        layout = {"cu_seqlens": q_len * torch.arange(len(lens) + 1, dtype=torch.int32, device=device)}
+        queries = q.transpose(1, 2).flatten(0, 1)
+        for result in threads(lambda: tokred.attn_received(queries, flat, cu_seqlens_k=cu_k, **layout)):  # noqa: B023
+            expected = [torch.cat([a[i][0] for a in alone], 1) for i in range(2)]
+            assert_close(result, tuple(expected), rtol=0, atol=0)
+
+
+def test_one_query_over_more_keys_than_a_tile_keeps(device, dtype, simt):
+    if simt:
+        return
+    for q_len, kv_len in ((1, 70000), (1, (1 << 20) + 5), (4, 300000)):
+        q, k = make(device, dtype, 1, (1, 1), q_len, kv_len, 8)
+        check(q, k, q_start=kv_len - 3, causal=True)
+
+
+def test_keys_are_read_where_they_lie_or_copied(device, dtype, simt):
+    """Whole panels of keys, side by side and far apart, at even and odd addresses."""
+    if simt and dtype != torch.bfloat16:
+        return
+    for kv_len in (64,) if simt else (64, 1024):
+        q, k = make(device, dtype, 1, (2, 1), 30, kv_len, 64)
+        expected = check(q, k)
+        for width, first in ((96, 16), (66, 2), (66, 1), (65, 0), (67, 3)):
+            place = torch.full((1, 1, kv_len, width), NAN, device=device, dtype=dtype)
+            view = place[..., first : first + 64].copy_(k)
+            assert_close(tokred.attn_received(q, view), expected, rtol=0, atol=0)
 
 
 @given(st.data())
@@ -685,7 +836,21 @@ def test_inference_and_no_grad(device):
         assert_close(tokred.attn_received(q, k), expected, rtol=0, atol=0)
 
 
+NO_DIAGONALS = 'expected dense q and k, causal=True, q_start=None and reduce="sum" with return_diagonal, got '
+
+
+def diagonals(q, k, **options):
+    return tokred.attn_received(q, k, return_diagonal=True, **options)
+
+
 ERRORS = {
+    NO_DIAGONALS + 'causal=False, q_start=None, reduce="sum"': lambda q, k, r: diagonals(q, k),
+    NO_DIAGONALS + 'causal=True, q_start=2, reduce="max"': (
+        lambda q, k, r: diagonals(q, k, causal=True, q_start=2, reduce="max")
+    ),
+    NO_DIAGONALS + 'packed or paged ones, causal=True, q_start=None, reduce="sum"': (
+        lambda q, k, r: diagonals(q, k, causal=True, page_table=torch.zeros(2, 1, dtype=torch.int32, device=q.device))
+    ),
     "expected q of shape [batch_size, num_q_heads, q_len, head_dim], got [4, 5, 16]": (
         lambda q, k, r: tokred.attn_received(q[0], k)
     ),

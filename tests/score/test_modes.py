@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright (c) 2026 The tokred authors
-"""The rows of docs/scores.md: each expression against the formula on the whole attention matrix, in float64."""
+"""The rows of docs/scores.md: each expression against its formula (on the whole attention matrix), in float64."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,8 @@ class Inputs:
         self.layers = [(self.q, self.k), (randn(2, 4, tokens, 16), randn(2, 2, tokens, 16))]
         self.kept_idx = randn(2, tokens).argsort(1)[:, :kept].sort(1).values
         self.size = torch.randint(1, 5, (2, tokens)).float().to(device)
+        self.video, self.x = randn(2, 4, 9, 16), randn(2, tokens, 16)
+        self.before, self.after = randn(2, tokens, 16), randn(2, tokens, 16)
         self.keep = torch.arange(tokens, device=device) < torch.tensor([[60], [96]], device=device)
 
 
@@ -44,6 +46,10 @@ def matrix(q, k, causal=False, bias=0.0):
     return logits.softmax(-1)
 
 
+def cosine(x, y):
+    return F.cosine_similarity(x.double(), y.double(), dim=-1)
+
+
 def merged_heads(x):
     q, k = (t.double().transpose(1, 2).flatten(2) for t in (x.q[:, :, :1], x.full))
     return (q @ k.mT / 8).softmax(-1)[:, 0]  # 4 heads of 16: sqrt(64)
@@ -54,6 +60,12 @@ def pruned_layers(x):
     for b in range(2):
         total[b, x.kept_idx[b]] += matrix(x.q2, x.k2).sum(2).mean(1)[b]
     return total
+
+
+def verticals_and_slashes(x):
+    p = matrix(x.q, x.k, causal=True)[:, :, -64:]  # the first of these queries is at position 32
+    slashes = torch.stack([p.diagonal(32 - distance, 2, 3).sum(-1) for distance in range(96)], -1)
+    return torch.stack([p.sum(2), slashes])
 
 
 FORMULAS = {
@@ -70,6 +82,7 @@ FORMULAS = {
     "some heads": lambda x: matrix(x.q, x.k)[:, [0, 3]].sum(2),
     "greatest over heads": lambda x: matrix(x.q, x.k).sum(2).amax(1),
     "sum and maximum": lambda x: (matrix(x.q, x.k).sum(2) + matrix(x.q, x.k).amax(2)).mean(1),
+    "verticals and slashes": verticals_and_slashes,
     "heads merged into one": merged_heads,
     "per KV head": lambda x: matrix(x.q, x.k, causal=True)[:, :, -64:].sum(2).view(2, 2, 2, -1).mean(2),
     "pooled over neighbours": lambda x: F.max_pool1d(matrix(x.q, x.k, causal=True)[:, :, -64:].sum(2), 7, 1, 3),
@@ -81,6 +94,13 @@ FORMULAS = {
     "padded keys": lambda x: torch.stack(
         [F.pad(matrix(x.q[b : b + 1], x.k[b : b + 1, :, :n]).sum(2)[0], (0, 96 - n)) for b, n in enumerate((60, 96))]
     ),
+    "frame and the one before": lambda x: 1 - cosine(x.video[:, 1:], x.video[:, :-1]),
+    "magnitude and direction": lambda x: (
+        x.after.double().norm(dim=-1) / x.before.double().norm(dim=-1) * (1 - cosine(x.after, x.before)).softmax(-1)
+    ),
+    "unlike the mean": lambda x: -cosine(x.x, x.x.mean(1, keepdim=True)),
+    "unlike the mean key": lambda x: -cosine(x.k, F.normalize(x.k.double(), dim=-1).mean(2, keepdim=True)),
+    "norm of a key": lambda x: -x.k.double().norm(dim=-1),
 }
 
 

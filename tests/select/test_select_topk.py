@@ -54,8 +54,9 @@ def planted(*shape, device):
 
 
 # One less, equal, one more than a vector, a warp, the items of a warp's row; then the sizes at which the kernels change
-# their plan: a warp's row (1024), sampled pivots (4096), a block's row (8192), two chunks and more.
-SIZES = [1, 2, 15, 17, 31, 32, 33, 197, 255, 257, 577, 1023, 1024, 1025, 4095, 4097, 8192, 8193, 33001]
+# their plan: a sample first on the CPU (209), a warp's row (1024), sampled pivots (4096), a block's row (8192), two chunks
+# and more.
+SIZES = [1, 2, 15, 17, 31, 32, 33, 197, 208, 209, 255, 257, 577, 1023, 1024, 1025, 4095, 4097, 8192, 8193, 33001]
 
 
 @pytest.mark.parametrize("num_tokens", SIZES)
@@ -88,6 +89,17 @@ def test_pivot_that_too_few_reach(device):
     score[1] = score[0].bfloat16().float()
     everything(score.to(device), 600)
     everything(score.to(device), 6000)
+
+
+def test_sample_that_misleads(device):
+    """The CPU's search starts between scores of a sample: here all of it is larger, or smaller, or the same."""
+    num_tokens, step = 640, 40
+    places = [i * step + ((i * 2654435769 % 2**32) * step >> 32) for i in range(16)]
+    for outlier in (9.0, -9.0, 0.25):
+        score = torch.randn(3, num_tokens)
+        score[:, places] = outlier
+        for k in (1, 16, 17, 320, 623, 624, 640):
+            check(score.to(device), k)
 
 
 def test_denormal_and_zero_order(device):

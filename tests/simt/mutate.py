@@ -233,6 +233,12 @@ def device_files(path: Path) -> frozenset[Path]:
     return frozenset(file for file in found if file.suffix in (".cu", ".cuh"))
 
 
+def tests_of(kernel: str) -> list[Path]:
+    """Return the test file of the op that a kernel file belongs to: ``op.cu``, or ``op_part.cu``."""
+    ops = {p.stem.removeprefix("test_"): p for p in sorted(ROOT.glob("tests/*/test_*.py"))}
+    return [p for op, p in ops.items() if f"{kernel}_".startswith(f"{op}_")]
+
+
 class Tree:
     """A copy of the sources in build/mutate with mutants built in, and its two builds."""
 
@@ -378,7 +384,7 @@ def main() -> int:
     survivors: list[Mutant] = []
     done, total = 0, sum(map(len, jobs.values()))
     for users, numbers in jobs.items():
-        tests = [str(p.relative_to(ROOT)) for op in users for p in ROOT.glob(f"tests/*/test_{op}.py")]
+        tests = list(dict.fromkeys(str(p.relative_to(ROOT)) for kernel in users for p in tests_of(kernel)))
         for n, verdict, test in try_all(tree, {n: chosen[n] for n in numbers}, tests):
             m = chosen[n]
             if verdict == "passed":

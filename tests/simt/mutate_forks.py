@@ -22,8 +22,9 @@ import pytest
 from tokred import _ext
 
 PARALLEL = 2
-UNKNOWN_S = 60.0  # a test may take this when nobody has timed it,
-MARGIN_S = 10.0  # and else this and ten times what it took
+UNKNOWN_S = 60.0  # of processor time: a test may take this when nobody has timed it,
+MARGIN_S = 10.0  # and else this and ten times what it took;
+ASLEEP_S = 600.0  # whoever works for so little in so long a time waits for ever
 
 
 class Child:
@@ -52,11 +53,12 @@ class Child:
         for i, item in enumerate(self.order):
             self.shared[0] = i + 1
             known = times.get(item.nodeid)
-            signal.setitimer(signal.ITIMER_REAL, UNKNOWN_S if known is None else MARGIN_S + 10 * known)
-            start = time.monotonic()
+            signal.setitimer(signal.ITIMER_PROF, UNKNOWN_S if known is None else MARGIN_S + 10 * known)
+            signal.setitimer(signal.ITIMER_REAL, ASLEEP_S)
+            start = time.process_time()
             following = self.order[i + 1] if i + 1 < len(self.order) else None
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            self.shared[i + 1] = time.monotonic() - start
+            self.shared[i + 1] = time.process_time() - start
             if session.testsfailed:
                 return
         os._exit(0)
@@ -65,7 +67,7 @@ class Child:
         """Return what the ended process found, and the test behind it."""
         if os.waitstatus_to_exitcode(status) == 0:
             return "passed", None
-        endless = os.waitstatus_to_exitcode(status) == -signal.SIGALRM
+        endless = os.waitstatus_to_exitcode(status) in (-signal.SIGPROF, -signal.SIGALRM)
         return "endless" if endless else "failed", self.order[int(self.shared[0]) - 1]
 
 

@@ -89,3 +89,8 @@ def test_a_branch_does_what_the_replacement_says(tmp_path):
             expression = expression.replace(c_plus_plus, python)
         for a, b, c in itertools.product(range(4), repeat=3):
             assert function(a, b, c) == eval(expression, {"a": a, "b": b, "c": c}), after
+
+
+def test_a_kernel_file_has_the_tests_of_its_op():
+    for kernel, op in (("prune_topk", "prune_topk"), ("attn_received_diagonal", "attn_received")):
+        assert [p.name for p in mutate.tests_of(kernel)] == [f"test_{op}.py"]

@@ -97,6 +97,19 @@ def test_the_table_holds_the_rows_with_an_aim(results):
     ]
 
 
+def test_an_aim_may_be_set_against_one_candidate(results):
+    """The best peer is shown as ever, and beside the aim the ratios to what it names; what is unlike will do."""
+    results.rows = [row(against="topk+sort+index_select"), row(against="topk+sort+index_select", threads=2)]
+    assert report.results_table(results).endswith(
+        "| 2.00x numpy | 2.00x numpy | 1.6x topk+sort+index_select: 2.50x, 2.50x |"
+    )
+    assert "aim 1.6x topk+sort+index_select: 2.50x, 2.50x met<" in report.page([results])
+    results.rows = [row(against="product")]
+    assert "aim 1.6x product: 0.50x missed<" in report.page([results])
+    results.rows = [row(against="missing")]
+    assert "aim" not in re.sub(r"<[^>]+>", " ", report.page([results]).split("<h3")[1])
+
+
 def test_the_table_of_a_gpu_holds_its_core_rows(gpu_results):
     lines = report.results_table(gpu_results).splitlines()
     assert lines[0].startswith("GPU X, torch 2.13, driver 580.1") and "| against the best peer |" in lines[2]

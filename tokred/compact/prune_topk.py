@@ -210,15 +210,16 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("tokred::prune_topk", _backward, setup_context=_setup)
 
 
-def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, cu_seqlens, others = inputs[0], inputs[5], inputs[7]
+def save_lists(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, others: list[Tensor] | None, kept_idx: Tensor) -> None:
+    """Save what ``list_gradients`` needs."""
     ctx.packed = cu_seqlens is not None
     ctx.num_tokens = x.shape[0 if ctx.packed else 1]
     ctx.needs = None if others is None else [t.requires_grad for t in others]
-    ctx.save_for_backward(output[1], *(() if cu_seqlens is None else (cu_seqlens,)))
+    ctx.save_for_backward(kept_idx, *(() if cu_seqlens is None else (cu_seqlens,)))
 
 
-def _backward_packed(ctx: Any, grad: Tensor, _idx: Any, _num: Any, grad_others: list[Any]) -> tuple[Any, ...]:
+def list_gradients(ctx: Any, grad: Tensor, grad_others: list[Any]) -> tuple[Tensor, list[Any] | None]:
+    """Return the gradients of ``x`` and of its companions: those of the kept rows at the places they came from."""
     kept_idx = ctx.saved_tensors[0]
     if ctx.packed:  # one list over all sequences, in rows of the packed tensor
         starts = ctx.saved_tensors[1][:-1, None].long()
@@ -232,8 +233,17 @@ def _backward_packed(ctx: Any, grad: Tensor, _idx: Any, _num: Any, grad_others: 
     others = None
     if ctx.needs is not None:
         others = [back(g) if need and g is not None else None for g, need in zip(grad_others, ctx.needs)]
+    return back(grad), others
+
+
+def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    save_lists(ctx, inputs[0], inputs[5], inputs[7], output[1])
+
+
+def _backward_packed(ctx: Any, grad: Tensor, _idx: Any, _num: Any, grad_others: list[Any]) -> tuple[Any, ...]:
+    grad_x, others = list_gradients(ctx, grad, grad_others)
     # torch passes no trailing arguments that have their default value, and wants as many gradients as it passes.
-    return (back(grad), *(None,) * 6, others, None, None)[: len(ctx.needs_input_grad)]
+    return (grad_x, *(None,) * 6, others, None, None)[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("tokred::prune_topk.packed", _backward_packed, setup_context=_setup_packed)

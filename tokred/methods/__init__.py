@@ -51,6 +51,36 @@ def take_kept(x: Tensor, kept_idx: Tensor, cu_seqlens: Tensor | None = None) -> 
     return tokred.gather_tokens([x[None]], rows)[0].reshape(*kept_idx.shape, x.shape[1])
 
 
+def kept_mask(kept_idx: Tensor, num_tokens: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return lists as a mask, ``[batch_size, num_tokens]``, or ``[num_tokens]`` of all packed sequences together."""
+    if cu_seqlens is not None:
+        kept_idx = torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None]).flatten()
+    return tokred.list_to_mask(kept_idx, num_tokens)
+
+
+def prune_span(x: Tensor, score: Tensor, keep: int, first: int, last: int, kv_lens: Tensor | None = None) -> Reduced:
+    """Keep the ``keep`` best-scored of the visual tokens ``[first, last)`` of prompts, and all that is around them.
+
+    ``x`` is ``[batch_size, num_tokens, dim]``, ``score`` ``[batch_size, num_tokens]`` (values outside of the span do not
+    matter); ``kv_lens`` ``[batch_size]`` are the lengths of prompts that are padded at their end.
+    """
+    num_tokens = x.shape[1]
+    if not 0 <= first <= last <= num_tokens:
+        raise ValueError(f"prune_span: expected 0 <= first <= last <= {num_tokens}, got {first} and {last}")
+    if not 0 <= keep <= last - first:
+        raise ValueError(f"prune_span: expected keep in [0, last - first = {last - first}], got {keep}")
+    longest, behind = first + keep + num_tokens - last, num_tokens - last
+    if kv_lens is None:
+        x_kept, kept_idx = tokred.prune_topk(x, score, longest, keep_first=first, keep_last=behind)
+        return Reduced(x_kept, kept_idx=kept_idx, score=score)
+    padding = torch.arange(num_tokens, device=x.device) >= kv_lens[:, None]
+    count = longest - num_tokens + kv_lens  # what is padding takes no place that a visual token could fill
+    kept_idx, num_kept = tokred.select_topk(
+        score, count, max_k=longest, keep_first=first, keep_last=behind, drop_mask=padding
+    )
+    return Reduced(take_kept(x, kept_idx), kept_idx=kept_idx, score=score, num_kept=num_kept)
+
+
 @dataclass(frozen=True)
 class Method:
     """A registry entry: what a method is and what its implementation rests on.

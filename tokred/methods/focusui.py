@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred.methods import Method, Reduced
+from tokred.methods import Method, Reduced, kept_mask
 
 METHOD = Method(
     name="focusui",
@@ -71,9 +71,8 @@ def focusui(
     """
     longest = score.shape[-1] if max_seqlen is None else max_seqlen
     kept_idx, _ = tokred.select_topk(score, keep, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, return_num_kept=True)
-    if cu_seqlens is not None:  # one list of rows
-        kept_idx = torch.where(kept_idx < 0, -1, kept_idx + cu_seqlens[:-1, None]).flatten()
-    stays, is_marker, _ = tokred.run_markers(tokred.list_to_mask(kept_idx, score.shape[-1]), cu_seqlens=cu_seqlens)
+    kept = kept_mask(kept_idx, score.shape[-1], cu_seqlens)
+    stays, is_marker, _ = tokred.run_markers(kept, cu_seqlens=cu_seqlens)
     x_kept, final_idx, num_kept, others = tokred.prune_topk(
         x, score, min(2 * keep + 1, longest), drop_mask=~stays, others=[is_marker], cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, return_num_kept=True,

@@ -30,7 +30,8 @@ def attn_received(
     max_seqlen: int | None = None,
     page_table: Tensor | None = None,
     kv_lens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_diagonal: bool = False,
+) -> tuple[Tensor, ...]:
     """Sum (or take the maximum of) the softmax attention that each key receives from the given queries.
 
     ``received[b, h, j] = sum_i q_weight[b, h, i] * P[i, j]`` with ``P = softmax(logits)`` over the keys that a query sees,
@@ -76,14 +77,19 @@ def attn_received(
             ``[0, num_pages)`` are seen by no query.
         kv_lens: ``[batch_size]`` int32, with ``page_table``: how many keys each row has; the others are no keys. ``q_start``
             is ``kv_lens[b] - q_len`` by default.
+        return_diagonal: Return the sums along diagonals, too. For dense ``q`` and ``k``, ``causal``, with the default
+            ``q_start`` and ``reduce``; it costs another pass.
 
     Returns:
-        ``(received, lse)``.
+        ``(received, lse)``, or ``(received, lse, diagonal)`` with ``return_diagonal``.
 
         - ``received``: ``[batch_size, num_q_heads, kv_len]`` float32. A key that no query sees receives 0. Under ``"max"``
           the maximum includes 0, so it is never negative and a query of negative weight counts as absent.
         - ``lse``: ``[batch_size, num_q_heads, q_len]`` float32, a new tensor, a copy when given; the sink is part of it. -inf
           for a query that sees no key (and no sink); such a query contributes nothing.
+        - ``diagonal``: ``[batch_size, num_q_heads, kv_len]`` float32; ``diagonal[b, h, o]`` is the sum of
+          ``q_weight * P`` over the pairs of a query and the key that lies ``o`` positions before it: the slashes of
+          MInference, whose verticals are ``received``.
 
     A NaN or +inf among the logits that a query sees, a sink among them, makes its lse NaN, and with it ``received`` of every
     key that it sees, as NaN in a given ``lse`` or in ``q_weight`` does (0 times NaN is NaN). A logit of -inf is an attention
@@ -97,7 +103,8 @@ def attn_received(
     key head. Shapes depend on shapes alone. No gradient: scores select tokens; detach the inputs, or compute
     ``softmax(q k^T)`` eagerly to train through it.
 
-    The score of H2O (column sums), SnapKV section 4 (a window of queries), FastV and VisionZip (one layer's attention).
+    The score of H2O (column sums), SnapKV section 4 (a window of queries), FastV and VisionZip (one layer's attention),
+    MInference (verticals and slashes of the last 64 queries).
 
     Example:
         >>> q, k = torch.randn(1, 8, 5, 64), torch.randn(1, 2, 12, 64)
@@ -107,6 +114,14 @@ def attn_received(
     """
     op = torch.ops.tokred.attn_received
     options = (lse, q_weight, causal, q_start, reduce, scale, window, softcap, sink, key_bias)
+    if return_diagonal:
+        layout = [x for x in (cu_seqlens, cu_seqlens_k, page_table, kv_lens) if x is not None]
+        if layout or not causal or q_start is not None or reduce != "sum":
+            raise RuntimeError(
+                'attn_received: expected dense q and k, causal=True, q_start=None and reduce="sum" with return_diagonal, '
+                f'got {"packed or paged ones, " if layout else ""}causal={causal}, q_start={q_start}, reduce="{reduce}"'
+            )
+        return op.diagonal(q, k, lse, q_weight, scale, window, softcap, sink, key_bias)
     if cu_seqlens is not None:
         if page_table is not None:
             raise RuntimeError("attn_received: expected cu_seqlens or page_table, not both")
@@ -135,7 +150,8 @@ def _dense_reference(
     sink: Tensor | None = None,
     key_bias: Tensor | None = None,
     absent: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_diagonal: bool = False,
+) -> tuple[Tensor, ...]:
     (num_q_heads, q_len), (num_kv_heads, kv_len) = q.shape[1:3], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -165,6 +181,10 @@ def _dense_reference(
     p = p if q_weight is None else p * q_weight[..., None].to(dtype)
     p = p.masked_fill(~seen | absent, 0)
     received = p.sum(-2) if reduce == "sum" else torch.cat([p, p.new_zeros((*p.shape[:2], 1, kv_len))], -2).amax(-2)
+    if return_diagonal:  # a query's distance to a key that it sees is in [0, kv_len)
+        diagonal = torch.zeros((*p.shape[:2], kv_len), dtype=p.dtype, device=p.device)
+        diagonal.index_add_(2, (-ahead).clamp(0, max(kv_len - 1, 0)).flatten(), p.flatten(2))
+        return received, lse.clone(), diagonal
     return received, lse.clone()
 
 
@@ -187,12 +207,14 @@ def reference(
     max_seqlen: int | None = None,
     page_table: Tensor | None = None,
     kv_lens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_diagonal: bool = False,
+) -> tuple[Tensor, ...]:
     """Define attn_received in plain PyTorch; tests and benchmarks measure against this. float64 in, float64 out."""
     shared: dict[str, Any] = {"causal": causal, "q_start": q_start, "reduce": reduce, "scale": scale}
     shared |= {"window": window, "softcap": softcap, "sink": sink}
     if cu_seqlens is None and page_table is None:
-        return _dense_reference(q, k, lse=lse, q_weight=q_weight, key_bias=key_bias, **shared)
+        shared |= {"lse": lse, "q_weight": q_weight, "key_bias": key_bias}
+        return _dense_reference(q, k, **shared, return_diagonal=return_diagonal)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens is not None:
         q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
@@ -232,6 +254,12 @@ def _(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _outputs(q, q.shape[:2], q.shape[2], k.shape[2])
 
 
+@torch.library.register_fake("tokred::attn_received.diagonal")
+def _(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    received, lse = _outputs(q, q.shape[:2], q.shape[2], k.shape[2])
+    return received, lse, torch.empty_like(received)
+
+
 @torch.library.register_fake("tokred::attn_received.packed")
 def _(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _outputs(q, q.shape[1:2], q.shape[0], k.shape[0])
@@ -242,10 +270,11 @@ def _(q: Tensor, k: Tensor, page_table: Tensor, *options: Any) -> tuple[Tensor, 
     return _outputs(q, q.shape[:2], q.shape[2], page_table.shape[1] * k.shape[1])
 
 
-for _name in ("attn_received", "attn_received.packed", "attn_received.paged"):
+for _name in ("attn_received", "attn_received.diagonal", "attn_received.packed", "attn_received.paged"):
     _op.no_gradient(_name, "detach q and k, or compute softmax(q k^T) eagerly to train through it")
     _op.autocast(_name, 2)
 _op.fold_vmap("attn_received", shared=(10,))  # sink
+_op.fold_vmap("attn_received.diagonal", shared=(7,))  # sink
 _op.fold_vmap("attn_received.packed", absent=(2,))
 _op.fold_vmap("attn_received.paged", shared=(1, 12))  # pages, sink
 
@@ -269,13 +298,14 @@ def floor(
     max_seqlen: int | None = None,
     page_table: Tensor | None = None,
     kv_lens: Tensor | None = None,
+    return_diagonal: bool = False,
 ) -> _op.Floor:
     """Q and K read and multiplied once per pass. One pass when ``lse`` is given, or on the CPU, which keeps a block's logits.
 
-    At a head_dim of 64 or less a GPU is bound by exponentials before it is by this product. Packed: as if all sequences were
-    of one length. Paged: as if all pages were full.
+    Another one for diagonals. At a head_dim of 64 or less a GPU is bound by exponentials before it is by this product.
+    Packed: as if all sequences were of one length. Paged: as if all pages were full.
     """
-    passes = 1 if lse is not None or q.device.type == "cpu" else 2
+    passes = (1 if lse is not None or q.device.type == "cpu" else 2) + return_diagonal
     extra = (lse, q_weight, sink, key_bias, cu_seqlens, cu_seqlens_k, page_table, kv_lens)
     read = passes * q.nbytes + sum(t.nbytes for t in extra if t is not None)
     head_dim = q.shape[-1]
@@ -297,7 +327,7 @@ def floor(
         pairs = sum(
             min(max(start + i + ahead + 1, 0), kv_len) - min(max(start + i - back, 0), kv_len) for i in range(q_len)
         )
-    moved = read + passes * keys_read + 4 * (rows + columns)
+    moved = read + passes * keys_read + 4 * (rows + columns * (1 + return_diagonal))
     return moved, 2 * passes * sequences * heads * pairs * head_dim
 
 
@@ -322,6 +352,7 @@ def sample_inputs(device: torch.device | str, dtype: torch.dtype) -> list[_op.Sa
         ((q[:, :, :0], k), {}),
         ((q, k), {"window": 4, "causal": True, "softcap": 2.0, "sink": randn(4), "key_bias": randn(2, 1, 19)}),
         ((q, k), {"window": 5, "key_bias": randn(2, 4, 19)}),
+        ((q, blhd), {"causal": True, "q_weight": weight, "return_diagonal": True, "softcap": 3.0}),
         ((q[0].transpose(0, 1), k[0].transpose(0, 1)), packed),
         ((q, pages), {"page_table": table, "kv_lens": lens, "causal": True}),
     ]

@@ -49,7 +49,8 @@ class Case:
         tolerance: rtol and atol of that comparison for the peers; by default, and for tokred always, the op's own.
         unlike: Names in ``run`` that return something else than the op, with the reason: they are not compared.
         min_copies: At least so many copies, for example 64 where branches could learn the data.
-        reach: The ratio to the best peer that is aimed at.
+        reach: The ratio that is aimed at.
+        against: To which of ``run``; to the best peer, whatever it is, by default.
         core: Whether it runs whenever there is a device for minutes only; rows with an aim do anyhow.
         note: One line printed with the row.
     """
@@ -68,6 +69,7 @@ class Case:
     unlike: dict[str, str] = field(default_factory=dict)
     min_copies: int = 1
     reach: float | None = None
+    against: str = ""
     core: bool = False
     note: str = ""
 
@@ -92,7 +94,8 @@ class Row:
         bytes: What a perfect kernel moves.
         flops: What its matrix products compute.
         floor: Seconds of a perfect kernel at the measured ceilings.
-        reach: The ratio to the best peer that is aimed at.
+        reach: The ratio that is aimed at.
+        against: The candidate that it is aimed at, or "" for the best peer.
         core: Whether the case is in the core matrix.
         unlike: Candidates that do something else, to compare with, but are no peers; with the reason.
         skipped: Peers that did not run, with the reason.
@@ -115,6 +118,7 @@ class Row:
     flops: float = 0.0
     floor: float = 0.0
     reach: float | None = None
+    against: str = ""
     core: bool = False
     unlike: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -130,6 +134,11 @@ class Row:
         """Return the fastest peer, or None without any."""
         peers = [name for name in self.speedup if name not in self.unlike]
         return min(peers, key=lambda name: self.seconds[name], default=None)
+
+    @property
+    def reached(self) -> float | None:
+        """Return the ratio to what the aim is set against, or None where that did not run."""
+        return self.speedup.get(self.against or self.best_peer or "")
 
     @property
     def floor_share(self) -> float:
@@ -272,6 +281,7 @@ def measure(
         flops=flops,
         floor=ceilings.floor(num_bytes, flops, case.dtype),
         reach=case.reach,
+        against=case.against,
         core=case.core or case.reach is not None,
         unlike={name: why for name, why in case.unlike.items() if name in times},
         skipped=skipped,
@@ -339,7 +349,7 @@ def rate(row: Row) -> str:
 def show(row: Row) -> str:
     """Return the row as one line."""
     peers = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.speedup.items())
-    aim = f" (aim {row.reach:g}x)" if row.reach else ""
+    aim = f" (aim {row.reach:g}x{f' {row.against}' if row.against else ''})" if row.reach else ""
     ours = si(row.seconds["tokred"], "s")
     line = f"{row.op:16} {row.case:44} {row.dtype:9} {row.threads}t {ours:>8} +-{50 * row.spread['tokred']:.0f}%"
     if row.kind == "overhead":

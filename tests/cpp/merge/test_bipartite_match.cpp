@@ -14,22 +14,26 @@ struct Case {
   int64_t num_protected = 0;
   int protect_percent = 0;
   MatchOrder order = MatchOrder::kIndex;
-  bool normalize = false;  // then only the scores are compared: nearly equal ones may rank otherwise
-  int64_t lead = 0;        // elements before metric
+  bool normalize = false;            // then only the scores are compared: nearly equal ones may rank otherwise
+  int64_t lead = 0;                  // elements before metric
+  int64_t num_src = 0, num_dst = 0;  // of lists, with a few empty slots; 0: parity
+  bool weighted = false, grouped = false, ragged = false;
 };
+
+int64_t tokens_of_batch(const Case& c) { return c.batch_size * c.num_tokens; }
 
 template <typename T>
 Results call(const Case& c, DType dtype, const Side& side) {
   Random random(static_cast<uint64_t>(c.num_tokens + c.dim));
-  const int64_t tokens = c.batch_size * c.num_tokens;
+  const int64_t num_all = tokens_of_batch(c);
   // Dot products of small whole numbers: exact, and full of ties.
-  const Buffer<T> metric(side, c.normalize ? random.normals<T>(tokens * c.dim) : random.whole<T>(tokens * c.dim, -3, 4),
-                         c.lead);
-  std::vector<uint8_t> bits = random.whole<uint8_t>(tokens, 0, 100);
+  const Buffer<T> metric(
+      side, c.normalize ? random.normals<T>(num_all * c.dim) : random.whole<T>(num_all * c.dim, -3, 4), c.lead);
+  std::vector<uint8_t> bits = random.whole<uint8_t>(num_all, 0, 100);
   for (uint8_t& bit : bits) bit = bit < c.protect_percent;
   const Buffer<uint8_t> protect(side, bits);
-  const Buffer<int64_t> dst_idx(side, tokens), match_idx(side, tokens);
-  const Buffer<float> score(side, tokens);
+  const Buffer<int64_t> dst_idx(side, num_all), match_idx(side, num_all);
+  const Buffer<float> score(side, num_all);
   BipartiteMatchArgs args{};
   args.metric = metric.data();
   args.protect = c.protect_percent ? protect.data() : nullptr;
@@ -47,13 +51,41 @@ Results call(const Case& c, DType dtype, const Side& side) {
   args.normalize = c.normalize;
   args.order = c.order;
   args.dtype = dtype;
+  std::vector<int64_t> tokens(static_cast<size_t>(c.batch_size * (c.num_src + c.num_dst)));
+  for (size_t i = 0; i < tokens.size(); ++i) {  // sources from the first token on, destinations from the last one back
+    const int64_t slot = static_cast<int64_t>(i) % std::max<int64_t>(c.num_src + c.num_dst, 1);
+    tokens[i] = slot % 7 == 3 ? -1 : slot < c.num_src ? slot : c.num_tokens - 1 - (slot - c.num_src);
+  }
+  const Buffer<int64_t> lists(side, tokens);
+  const int64_t stride_list = c.num_src + c.num_dst;
+  if (c.num_src > 0) {
+    args.source = {{lists.data(), true}, c.num_src, stride_list};
+    args.destination = {{lists.data() + c.num_src, true}, c.num_dst, stride_list};
+  }
+  const Buffer<float> weight(side, random.whole<float>(tokens_of_batch(c), 0, 3));
+  const Buffer<int32_t> group(side, random.whole<int32_t>(tokens_of_batch(c), 0, 3));
+  std::vector<int32_t> lens(static_cast<size_t>(c.batch_size), static_cast<int32_t>(c.num_tokens - c.num_tokens / 3));
+  if (!lens.empty()) lens[0] = static_cast<int32_t>(c.num_tokens);
+  const Buffer<int32_t> seq_lens(side, lens);
+  const Buffer<int32_t> num_kept(side, c.batch_size);
+  if (c.weighted) {
+    args.weight = weight.data();
+    args.offset = 2.f;
+  }
+  if (c.grouped) args.group = group.data();
+  if (c.ragged) {
+    args.ragged = true;
+    args.threshold = 1.f;
+    args.seq_lens = seq_lens.data();
+    args.num_kept = num_kept.data();
+  }
   const BipartiteMatchPolicy policy = choose_policy(args, reinterpret_cast<uint64_t>(args.metric));
-  const Buffer<uint64_t> partial(
-      side, policy.num_splits * c.batch_size * bipartite_sets(c.num_tokens, c.num_protected).candidate_src());
+  const Buffer<uint64_t> partial(side, policy.num_splits * c.batch_size * bipartite_slots(args).num_src);
   args.partial = partial.data();
   TOKRED_RUN(side, bipartite_match, args);
   if (c.normalize) return Results().add("score", score, 1e-5, 1e-5);
-  return Results().add("dst_idx", dst_idx).add("match_idx", match_idx).add("score", score);
+  Results results = Results().add("dst_idx", dst_idx).add("match_idx", match_idx).add("score", score);
+  return c.ragged ? results.add("num_kept", num_kept) : results;
 }
 
 void check_all(const Case& c) {
@@ -96,6 +128,22 @@ TOKRED_TEST(bipartite_match, long_rows) {  // 1, 4 and no keys of a thread in re
   check_all({1, 2060, 4, 900});
   check("8200 tokens", [](const Side& side) { return call<c10::Half>({1, 8200, 4, 3000, 0, 1}, DType::kF16, side); });
 #endif
+}
+TOKRED_TEST(bipartite_match, lists) {
+  for (const MatchOrder order : kOrders) {
+    check_all({2, 91, 16, 11, 0, 20, order, false, 0, 40, 30});
+    check_all({2, 91, 13, 11, 0, 20, order, false, 0, 40, 30, true, true, true});
+  }
+  check_all({1, 300, 8, 40, 0, 0, MatchOrder::kIndex, false, 0, 70, 150});
+  check_all({1, 30, 8, 0, 0, 0, MatchOrder::kScore, false, 0, 12, 0, false, false, true});
+}
+TOKRED_TEST(bipartite_match, ragged) {
+  for (const MatchOrder order : kOrders) {
+    check_all({3, 61, 16, 31, 0, 10, order, false, 0, 0, 0, false, false, true});
+    check_all({3, 61, 16, 25, 5, 0, order, false, 0, 0, 0, true, true, true});
+  }
+  check_all({2, 61, 16, 9, 1, 0, MatchOrder::kIndex, false, 0, 0, 0, true, false, false});
+  check_all({2, 61, 16, 9, 0, 0, MatchOrder::kIndex, false, 0, 0, 0, false, true, false});
 }
 TOKRED_TEST(bipartite_match, empty) {
   for (const MatchOrder order : kOrders) {

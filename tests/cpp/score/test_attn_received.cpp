@@ -23,6 +23,7 @@ struct Case {
   int64_t bias_heads = 0;             // 0: no bias
   int64_t page_size = 0;              // 0: not paged
   std::vector<int32_t> cu_seqlens{};  // of queries and keys alike: packed, batch_size is 1
+  bool diagonal = false;              // causal, with align_ends
 };
 
 AttnReceivedStrides strides(int64_t heads, int64_t tokens, int64_t dim, bool interleaved) {
@@ -51,6 +52,7 @@ Results call(const Case& c, DType dtype, const Side& side) {
   const Buffer<float> key_bias(side, biases);
   const int64_t columns = c.page_size > 0 ? max_pages * c.page_size : c.kv_len;
   const Buffer<float> received(side, c.batch_size * c.num_q_heads * columns), lse(side, rows);
+  const Buffer<float> diagonal(side, c.diagonal ? c.batch_size * c.num_q_heads * c.kv_len : 0);
   AttnReceivedArgs a{};
   a.q = q.data();
   a.k = k.data();
@@ -108,7 +110,11 @@ Results call(const Case& c, DType dtype, const Side& side) {
   a.partial = split ? partial.data() : nullptr;
   TOKRED_RUN(side, attn_received, a);
   // Products of 16-bit values are exact in float32, so one tolerance serves every dtype.
-  return Results().add("received", received, 1e-4, 2e-5).add("lse", lse, 2e-5, 2e-5);
+  Results results = Results().add("received", received, 1e-4, 2e-5).add("lse", lse, 2e-5, 2e-5);
+  if (!c.diagonal) return results;
+  a.diagonal = diagonal.data();
+  TOKRED_RUN(side, attn_received_diagonal, a);
+  return results.add("diagonal", diagonal, 1e-4, 2e-5);
 }
 
 void check_one(const Case& c, DType dtype) {
@@ -200,9 +206,51 @@ TOKRED_TEST(attn_received, splits) {  // of the keys, and what joins them
   check_all({2, 2, 1, 3, 2100, 8});
   check_all({2, 2, 1, 3, 2100, 8, true, 1030});
 }
+TOKRED_TEST(attn_received, few_queries) {  // of whole rows, four at a time on the CPU; two panels
+  for (const int64_t q_len : {1, 2, 5}) {
+    for (const int64_t dim : {24, 72}) {
+      Case c{1, 4, 2, q_len, 600, dim, true, 500, false, true, false, 1};
+      check_all(c);
+      c.interleaved = c.max_reduce = c.sink = true;
+      c.softcap = 3.f;
+      check_all(c);
+      Case paged{2, 2, 2, q_len, 150, dim};
+      paged.page_size = 16;
+      paged.align_ends = paged.causal = true;
+      check_all(paged);
+    }
+  }
+}
+TOKRED_TEST(attn_received, whole_panels) {  // of keys that are multiplied without a copy, or at odd addresses
+  for (const int64_t lead : {0, 1, 2}) check_all({1, 2, 2, 30, 64, 64, false, 0, false, false, false, lead});
+  check_all({1, 2, 2, 30, 64, 64, false, 0, false, false, false, 0, true});
+}
 TOKRED_TEST(attn_received, empty) {
   check_all({2, 4, 2, 0, 9, 16});
   check_all({2, 4, 2, 5, 0, 16});
   check_all({0, 4, 2, 5, 9, 16});
   check_all({2, 4, 2, 5, 9, 16, true, -100});  // no query sees a key
+}
+TOKRED_TEST(attn_received, diagonals) {  // every depth; bands, tiles and groups that are not full
+  Case c{1, 1, 1, 20, 70, 40, true};
+  c.align_ends = c.diagonal = c.weighted = true;
+  for (const int64_t dim : {64, 80, 96, 128, 160, 192, 256}) {
+    c.head_dim = dim;
+    check_all(c);
+  }
+  c.head_dim = 24;
+  c.kv_len = 13;  // fewer keys than queries
+  check_all(c);
+  c.batch_size = 2;
+  c.num_q_heads = 4;
+  c.num_kv_heads = 2;
+  c.kv_len = 110;
+  c.softcap = 3.f;
+  c.sink = true;
+  c.bias_heads = 4;
+  c.window = 80;
+  c.lead = 1;
+  check_all(c);
+  check_one({1, 2, 1, 130, 400, 8, true, 0, false, false, false, 0, false, 1 << 30, 0, false, true, 0, 0, {}, true},
+            DType::kBF16);
 }

@@ -35,7 +35,7 @@ Results call(const Case& c, DType dtype, const Side& side) {
   const Buffer<float> head_weight(side, random.normals<float>(rows * c.num_q_heads));
   const Buffer<float> out(side, rows * (c.sum_heads ? 1 : c.num_q_heads) * c.kv_len);
 
-  QkScoreArgs a{};
+  QkRows a{};
   a.q = q.data();
   a.k = paged ? KvTensor{k.data(), c.dim, 0, c.dim, c.page_size * c.num_kv_heads * c.dim, c.num_kv_heads * c.dim}
               : KvTensor{k.data(), c.dim, c.num_kv_heads * c.kv_len * c.dim, c.kv_len * c.dim, 0, c.dim};

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright (c) 2026 The tokred authors
-// How pairs of tokens are cut into tiles on CUDA (common/pair_tiles.cuh): what host code decides.
+// How pairs of tokens are cut into tiles on CUDA (merge/cluster_tiles.cuh): what host code decides.
 #pragma once
 #include "common/dispatch.h"
 
 namespace tokred {
 
-constexpr int kPairBlockRows = 64, kPairBlockCols = 128;  // of a block's tile
-constexpr int64_t kPairMaxSplits = 8;
+constexpr int kClusterBlockRows = 64, kClusterBlockCols = 128;  // of a block's tile
+constexpr int64_t kClusterMaxSplits = 8;
 
 // Shares of the columns for this many blocks of rows: about four blocks for each of 132 SMs, whose unequal ends then
 // cost little. No bit of a result may depend on it.
-constexpr int pair_splits(int64_t row_blocks, int64_t num_cols) {
-  const int64_t tiles = ceil_div(num_cols, int64_t{kPairBlockCols});
+constexpr int cluster_splits(int64_t row_blocks, int64_t num_cols) {
+  const int64_t tiles = ceil_div(num_cols, int64_t{kClusterBlockCols});
   if (row_blocks < 1 || tiles < 1) return 1;
-  return static_cast<int>(std::min({tiles, kPairMaxSplits, ceil_div(int64_t{4 * 132}, row_blocks)}));
+  return static_cast<int>(std::min({tiles, kClusterMaxSplits, ceil_div(int64_t{4 * 132}, row_blocks)}));
 }
 
 // Whether rows of dim values lie at multiples of 16 bytes and are as long.
