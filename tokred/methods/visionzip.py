@@ -4,7 +4,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import tokred
 from tokred.methods import Method, Reduced, take_kept
@@ -46,12 +45,9 @@ def merge_rest(
     step = (rest_len // contextual).clamp(min=1)
     target = torch.arange(contextual, device=x.device) * step  # places among the rest
     target_idx = torch.where(target < rest_len, rest_idx.gather(1, target.clamp(max=num_rest - 1)), -1)
-    unit, unit_target = (
-        normalize(take_kept(metric, idx, cu_seqlens).float(), dim=-1) for idx in (rest_idx, target_idx)
-    )
-    cosine = unit @ unit_target.mT  # [batch_size, num_rest, contextual]; of equal ones the first is the nearest
-    no_target = (target_idx < 0)[:, None].expand_as(cosine)
-    nearest = tokred.select_topk(cosine, 1, drop_mask=no_target, return_num_kept=True)[0].squeeze(-1)
+    rest, targets = (take_kept(metric, idx, cu_seqlens) for idx in (rest_idx, target_idx))
+    # By cosine; of equal ones the first is the nearest.
+    nearest = tokred.pair_topk(rest, targets, 1, drop_mask=target_idx < 0)[1].squeeze(-1)
     place = torch.arange(num_rest, device=x.device)
     is_target = (place % step == 0) & (place < step * contextual)
     group = torch.where(is_target, place // step, nearest)
