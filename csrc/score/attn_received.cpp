@@ -151,13 +151,6 @@ AttnReceivedArgs check_dense(const Tensor& q, const Tensor& k, const Options& op
   return a;
 }
 
-const int32_t* check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
-  check_dtype(kOp, name, cu_seqlens, ScalarType::Int);
-  check_contiguous(kOp, name, cu_seqlens);
-  check_same_device(kOp, "q", q, name, cu_seqlens);
-  return static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-}
-
 AttnReceivedArgs check_packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const OptTensor& cu_seqlens_k,
                               const Options& options) {
   TOKRED_CHECK(q.dim() == 3,
@@ -168,18 +161,18 @@ AttnReceivedArgs check_packed(const Tensor& q, const Tensor& k, const Tensor& cu
       "attn_received: expected k of shape [total_k, num_kv_heads, head_dim] (with cu_seqlens) with the head_dim"
       " of q ",
       shape_of(q), ", got ", shape_of(k));
-  TOKRED_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
-               "attn_received: expected cu_seqlens of shape [batch_size + 1], got ", shape_of(cu_seqlens));
+  check_cu_seqlens(kOp, cu_seqlens, "q", q);
   AttnReceivedArgs a = check_heads(q, k, 0, 1, 1);
   a.stride_q = strides(q, true);
   a.stride_k = strides(k, true);
   a.batch_size = cu_seqlens.size(0) - 1;
   a.kv_len = k.size(0);
-  a.cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens, q);
+  a.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   a.cu_seqlens_k = a.cu_seqlens;
   if (cu_seqlens_k) {
     check_shape(kOp, "cu_seqlens_k", *cu_seqlens_k, {cu_seqlens.size(0)}, "[batch_size + 1]");
-    a.cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, q);
+    check_cu_seqlens(kOp, *cu_seqlens_k, "q", q, "cu_seqlens_k");
+    a.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
   } else {
     TOKRED_CHECK(q.size(0) == k.size(0), "attn_received: expected cu_seqlens_k, or as many keys as queries, got ",
                  shape_of(q), " and ", shape_of(k));

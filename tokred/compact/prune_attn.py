@@ -85,6 +85,7 @@ def prune_attn(
     every number. A NaN or +inf among the logits of a head makes all its attention NaN; a head all of whose logits are -inf
     gives 0. Accumulates in float32, and float32 inputs are multiplied to float32 accuracy; CPU and CUDA agree on scores up to
     rounding. Deterministic; a row's result does not depend on its batch. Shapes depend on shapes and ``num_keep`` alone.
+    On CPUs that multiply bfloat16 themselves (AVX-512's instruction), bfloat16 numbers below 2^-126 count as zeros.
     Memory beyond the outputs: a float for each query head and key (none on CUDA where one launch does all), and that of
     ``prune_topk`` for rows beyond 8,192 tokens.
     Differentiable in ``x`` and ``others``; not in ``q`` and ``k``, and ``score`` has no gradient: compute

@@ -97,7 +97,8 @@ def attn_received(
 
     Accumulates in float32; float32 inputs are multiplied to float32 accuracy on every device (inf in float32 inputs is NaN
     on CUDA). Deterministic: a row's result does not depend on its batch, on threads, or on the run, nor on whether it comes
-    dense, packed or paged. CPU and CUDA agree up to rounding. Memory beyond the outputs: on the CPU 4 MiB of logits per
+    dense, packed or paged. CPU and CUDA agree up to rounding. On CPUs that multiply bfloat16 themselves (AVX-512's
+    instruction), bfloat16 numbers below 2^-126 count as zeros. Memory beyond the outputs: on the CPU 4 MiB of logits per
     thread beside one packed tile, and partial columns of up to 16 tasks per batch row (64 MiB at most, or one batch row's);
     on CUDA two floats per query and split of at least 1,024 keys, no more than two per query and one for every two keys of a
     key head. Shapes depend on shapes alone. No gradient: scores select tokens; detach the inputs, or compute

@@ -54,7 +54,8 @@ def qk_score(
     A NaN in a query or key makes NaN of every score that it is part of, in a channel that is not listed, too (0 times NaN);
     with float32 inputs an inf is NaN on CUDA. Accumulates in float32; float32 inputs are multiplied to float32 accuracy on
     every device. Deterministic: a score depends on its query and key alone, not on batch, threads or run; CPU and CUDA agree
-    up to rounding. No memory beyond the output but 135 KB per thread on the CPU. Shapes depend on shapes alone. No gradient:
+    up to rounding. On CPUs that multiply bfloat16 themselves (AVX-512's instruction), bfloat16 numbers below 2^-126 count as
+    zeros. No memory beyond the output but 135 KB per thread on the CPU. Shapes depend on shapes alone. No gradient:
     scores select tokens; detach the inputs, or compute ``q @ k.transpose(-1, -2)`` eagerly to train through it.
 
     The score of GemFilter (last query, heads summed), TokenSelect and TidalDecode (per head), TOVA, landmark tokens, SPTS
